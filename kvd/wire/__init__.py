@@ -1,0 +1,1 @@
+"""All that daemon and client share. The client imports nothing else of ``kvd``."""

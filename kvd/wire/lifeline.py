@@ -1,0 +1,75 @@
+"""The lifeline: the Unix socket over which a client gets the pool's descriptors and proves that it lives.
+
+One SOCK_SEQPACKET connection per process that maps the pool. The client sends HELLO, the daemon answers WELCOME with
+the descriptors (SCM_RIGHTS), and then both keep the connection open and silent. When the client's process ends, however
+it ends, the kernel closes the socket: only then do the write leases of its session end. When the daemon ends, the client
+sees the end of file at once.
+
+``OPEN`` comes first and yields a ticket, to be shown in the gRPC ``Hello``: it ties the session to the user and
+process that the kernel reports for this socket. ``ATTACH`` joins a further process (a tensor-parallel worker, say) to a
+session that exists: its write leases end only when the lifelines of *all* its processes are closed.
+
+The daemon sends two descriptors per segment: the data (read-write), then the generation table (read-only).
+
+**Generation table.** A header of 64 bytes, then one unsigned 64-bit little-endian word per granule of the segment. The
+word of the granule in which a slot begins holds the slot's generation while the slot's bytes may be used, and 0
+otherwise. Generations are never reused. A reader that finds its generation there *after* its copy has copied the right
+bytes; otherwise it has a miss.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+MAGIC = b"KVDL"
+VERSION = 1
+#: Largest message in either direction.
+MAX_MESSAGE_BYTES = 4096
+#: Most segments in one WELCOME: two descriptors each, and the kernel passes at most 253 at a time.
+MAX_SEGMENTS = 64
+
+HELLO = struct.Struct("<4sHH16s")  # magic, version, Kind, session token (ATTACH) or zeros (OPEN)
+WELCOME = struct.Struct("<4sHHQ16sI4x")  # magic, version, Status, daemon id, ticket, number of segments
+SEGMENT = struct.Struct("<IIQQQ")  # index, granule bytes, data bytes, table bytes, page size of the backing
+
+TABLE_MAGIC = b"KVDGENS1"
+TABLE_HEADER_BYTES = 64
+TABLE_HEADER = struct.Struct("<8sIIQQ")  # magic, granule bytes, segment index, number of granules, daemon id
+WORD_BYTES = 8
+
+#: Slots begin at multiples of this, so every slot has a word of its own. Bytes.
+GRANULE_BYTES = 4096
+
+
+class Kind(IntEnum):
+    """Why a client connects."""
+
+    OPEN = 1
+    ATTACH = 2
+
+
+class Status(IntEnum):
+    """Answer to HELLO; anything but OK comes without descriptors and ends the connection."""
+
+    OK = 0
+    BAD_VERSION = 1
+    REFUSED_USER = 2
+    UNKNOWN_SESSION = 3
+    TOO_MANY = 4
+
+
+class SegmentInfo(NamedTuple):
+    """What a client needs to know to map a segment."""
+
+    index: int
+    granule_bytes: int
+    data_bytes: int
+    table_bytes: int
+    page_bytes: int
+
+
+def socket_path(grpc_socket: str) -> str:
+    """Path of the lifeline socket that belongs to a gRPC socket."""
+    return grpc_socket + ".shm"

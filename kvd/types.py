@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import Enum
 from typing import NamedTuple
 
+from kvd.wire.chunks import ROOT, CommitStatus, Location, ReserveResult, ReserveStatus, Stripe
 from kvd.wire.identity import Identity
+
+__all__ = [
+    "ROOT",
+    "ChunkState",
+    "CommitStatus",
+    "LeaseId",
+    "Location",
+    "LookupResult",
+    "Namespace",
+    "ReserveResult",
+    "ReserveStatus",
+    "SessionId",
+    "Stripe",
+]
 
 #: A session's number inside the daemon. Not the secret token.
 SessionId = int
 #: Chosen by the client, unique within its session.
 LeaseId = int
-#: Parent of the first chunk of a prefix.
-ROOT = b""
 
 
 class ChunkState(Enum):
@@ -22,49 +35,6 @@ class ChunkState(Enum):
     WRITING = "writing"  # a write lease holds it
     WAITING = "waiting"  # its bytes are complete, its parent is not READY yet
     READY = "ready"
-
-
-class ReserveStatus(IntEnum):
-    """Answer to one item of Reserve; the numbers are those of the protocol."""
-
-    GRANTED = 1
-    PRESENT = 2
-    BUSY = 3
-    NO_ROOM = 4
-    NO_PARENT = 5
-
-
-class CommitStatus(IntEnum):
-    """Answer to one item of Commit; the numbers are those of the protocol."""
-
-    STORED = 1
-    PARTIAL = 2
-    WAITING_PARENT = 3
-    FAILED = 4
-
-
-class Location(NamedTuple):
-    """Where a slot is: segment index, byte offset in it, and the slot's generation."""
-
-    segment: int
-    offset: int
-    generation: int
-
-
-class Stripe(NamedTuple):
-    """A range of layers x a range of heads of one chunk; ends are exclusive."""
-
-    layer_begin: int
-    layer_end: int
-    head_begin: int
-    head_end: int
-
-
-class ReserveResult(NamedTuple):
-    """Outcome of one item of Reserve; ``location`` is set when GRANTED."""
-
-    status: ReserveStatus
-    location: Location | None = None
 
 
 class LookupResult(NamedTuple):

@@ -32,7 +32,8 @@ TOKEN_BYTES = 16
 MAX_ITEMS = 1024
 #: Most payload bytes in one request, all items together.
 MAX_REQUEST_BYTES = 1 << 30
-#: Most runs in one span: bounds the scatter lists that a request can make the daemon build.
+#: Most runs in one request, all items together (adjoining runs count as one): bounds the scatter lists that a request
+#: can make the daemon build.
 MAX_RUNS = 1 << 16
 
 HELLO = struct.Struct("<4sHH16s")  # magic, version, reserved, session token

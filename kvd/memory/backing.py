@@ -1,0 +1,105 @@
+"""Where the pool's bytes come from: an unnamed file in memory, on the largest pages that are really to be had."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass
+
+from kvd.memory.host import free_huge_pages, shmem_huge_policy
+from kvd.memory.syscalls import HUGETLBFS_MAGIC, TMPFS_MAGIC, filesystem_magic
+
+PAGE_BYTES = mmap.PAGESIZE
+
+
+@dataclass(frozen=True)
+class Backing:
+    """An open file of ``size`` bytes in memory. ``advise_huge``: the mapping should ask for huge pages.
+
+    ``kind`` and ``note`` are for people; ``note`` says why something that was asked for was not given.
+    """
+
+    fd: int
+    size: int
+    page_bytes: int
+    kind: str
+    advise_huge: bool = False
+    note: str = ""
+
+
+def is_memory_filesystem(directory: str) -> bool:
+    """Whether files in ``directory`` live in memory, where a pool belongs."""
+    return filesystem_magic(directory) in (TMPFS_MAGIC, HUGETLBFS_MAGIC)
+
+
+def free_bytes(directory: str) -> int:
+    """What the filesystem of ``directory`` can still hold."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+def open_backing(size: int, *, directory: str | None = None, huge_pages: bool = False) -> Backing:
+    """An unnamed memory file of ``size`` bytes, cut to whole pages. Nothing of it outlives its last user.
+
+    In ``directory`` when given, else a memfd. With ``huge_pages`` the file lies in the hugetlb pool if that has
+    room, else on transparent huge pages if the kernel gives them, else on ordinary pages, and ``note`` says so.
+    Raises OSError.
+    """
+    if directory is not None:
+        return _in_directory(size, directory, huge_pages)
+    if not huge_pages:
+        return _memfd(size, PAGE_BYTES)
+    free, huge_bytes = free_huge_pages()
+    if huge_bytes and huge_bytes <= size <= free * huge_bytes:
+        try:
+            return _memfd(size, huge_bytes, os.MFD_HUGETLB, kind="hugetlb memfd")
+        except OSError:
+            pass  # somebody else took them: ordinary pages, said below
+    policy = shmem_huge_policy()
+    if policy != "never":
+        return _memfd(size, PAGE_BYTES, advise_huge=True)
+    note = (
+        f"no huge pages: {free} free in the hugetlb pool (see vm.nr_hugepages) "
+        "and transparent ones are off for shared memory (see transparent_hugepage/shmem_enabled)"
+    )
+    return _memfd(size, PAGE_BYTES, note=note)
+
+
+def _memfd(
+    size: int, page_bytes: int, flags: int = 0, *, kind: str = "memfd", advise_huge: bool = False, note: str = ""
+) -> Backing:
+    fd = os.memfd_create("kvd-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
+    try:
+        size = _set_size(fd, size, page_bytes)
+        # A client that cut the file short would make every other process fault on its next access.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        if flags & os.MFD_HUGETLB:
+            # The kernel sets huge pages aside when they are mapped, not before: try it while there is a way back.
+            mmap.mmap(fd, size).close()
+    except BaseException:
+        os.close(fd)
+        raise
+    return Backing(fd, size, page_bytes, kind, advise_huge, note)
+
+
+def _in_directory(size: int, directory: str, huge_pages: bool) -> Backing:
+    fd, path = tempfile.mkstemp(prefix="kvd-pool-", dir=directory)
+    try:
+        os.unlink(path)
+        if filesystem_magic(directory) == HUGETLBFS_MAGIC:
+            page_bytes = os.statvfs(directory).f_bsize
+            return Backing(fd, _set_size(fd, size, page_bytes), page_bytes, f"hugetlbfs file in {directory}")
+        size = _set_size(fd, size, PAGE_BYTES)
+        # Its mount option decides about huge pages ("huge=advise" needs to be asked, "huge=always" does not).
+        return Backing(fd, size, PAGE_BYTES, f"file in {directory}", advise_huge=huge_pages)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _set_size(fd: int, size: int, page_bytes: int) -> int:
+    size -= size % page_bytes
+    os.ftruncate(fd, size)
+    return size

@@ -1,0 +1,197 @@
+"""A segment: the shared memory that holds the slots, and the table that tells which slot may be used."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import mmap
+import os
+import resource
+import threading
+from collections.abc import Callable
+
+from kvd.memory import syscalls
+from kvd.memory.backing import open_backing
+from kvd.types import Location
+from kvd.wire.lifeline import GRANULE_BYTES, TABLE_HEADER, TABLE_HEADER_BYTES, TABLE_MAGIC, WORD_BYTES, SegmentInfo
+
+log = logging.getLogger(__name__)
+
+#: The pool is populated in pieces of this size, so that a stop is heard soon and nobody waits long for the kernel.
+POPULATE_PIECE_BYTES = 32 << 20
+_HEADER_WORDS = TABLE_HEADER_BYTES // WORD_BYTES
+
+
+class Segment:
+    """One file of pool memory, mapped, with its generation table (``kvd/wire/lifeline.py``).
+
+    ``data``: the mapped bytes. ``data_fd``, ``table_fd``: what clients receive; the table cannot be written
+    through its descriptor. ``publish`` and ``retract`` are the store's way into the table; every other thread and
+    process only reads it.
+    """
+
+    def __init__(
+        self, size: int, *, daemon_id: int, index: int = 0, directory: str | None = None, huge_pages: bool = False
+    ) -> None:
+        """Maps a new segment of ``size`` bytes, cut to whole pages; none of its memory is taken yet. Raises OSError."""
+        self._backing = open_backing(size, directory=directory, huge_pages=huge_pages)
+        self.index = index
+        self.size = self._backing.size
+        self.data_fd = self._backing.fd
+        self._huge_bytes = 0
+        self._stop = threading.Event()
+        self._populating: threading.Thread | None = None
+        self._map = mmap.mmap(self.data_fd, self.size)
+        self.data = memoryview(self._map)
+        self.address = _address(self._map)
+        self._advise()
+        self.locked, self._lock_note = self._lock()
+        granules = self.size // GRANULE_BYTES
+        self._table_bytes = TABLE_HEADER_BYTES + granules * WORD_BYTES
+        self.table_fd, self._table = _make_table(self._table_bytes)
+        TABLE_HEADER.pack_into(self._table, 0, TABLE_MAGIC, GRANULE_BYTES, index, granules, daemon_id)
+        self._words = memoryview(self._table).cast("Q")
+
+    # -- what clients are told
+
+    @property
+    def info(self) -> SegmentInfo:
+        """What a client needs to know to map this segment."""
+        return SegmentInfo(self.index, GRANULE_BYTES, self.size, self._table_bytes, self._backing.page_bytes)
+
+    def describe(self) -> str:
+        """What the memory really is, for people: ``memfd, 4 KiB pages, locked``."""
+        pages = f"{self._backing.page_bytes >> 10} KiB pages"
+        if self._backing.page_bytes >= 1 << 20:
+            pages = f"{self._backing.page_bytes >> 20} MiB pages"
+        if self._huge_bytes:
+            pages = f"{self._huge_bytes * 100 // self.size} % on huge pages"
+        return f"{self._backing.kind}, {pages}, {'locked' if self.locked else 'not locked'}"
+
+    def notes(self) -> list[str]:
+        """What was asked for or wished for and not given, and why."""
+        return [note for note in (self._backing.note, self._lock_note) if note]
+
+    @property
+    def populated_bytes(self) -> int:
+        """Memory that the segment has taken from the system so far."""
+        return min(os.fstat(self.data_fd).st_blocks * 512, self.size)
+
+    # -- the generation table
+
+    def publish(self, location: Location) -> None:
+        """From now on the slot's bytes count as those of this generation."""
+        self._words[_HEADER_WORDS + location.offset // GRANULE_BYTES] = location.generation
+
+    def retract(self, location: Location) -> None:
+        """The slot may be used for something else from now on: whoever copied from it must notice."""
+        self._words[_HEADER_WORDS + location.offset // GRANULE_BYTES] = 0
+
+    def word(self, segment: int, offset: int) -> int:
+        """What the table says of the slot at ``offset`` bytes; for the audit. ``segment`` is this one's index."""
+        assert segment == self.index
+        return self._words[_HEADER_WORDS + offset // GRANULE_BYTES]
+
+    # -- memory
+
+    def populate(self, progress: Callable[[int], None] | None = None) -> None:
+        """Takes all of the segment's memory from the system; blocks for about 0.8 s per GiB of 4 KiB pages.
+
+        Safe while the segment is in use. ``progress`` hears the bytes done so far. Ends early at ``close``.
+        """
+        for start in range(0, self.size, POPULATE_PIECE_BYTES):
+            if self._stop.is_set():
+                return
+            length = min(POPULATE_PIECE_BYTES, self.size - start)
+            try:
+                syscalls.madvise(self.address + start, length, syscalls.MADV_POPULATE_WRITE)
+            except OSError as error:
+                log.warning("the pool is not populated (%s): its memory is taken as it is used", error.strerror)
+                return
+            if progress is not None:
+                progress(start + length)
+        if self._backing.advise_huge:
+            self._huge_bytes = _huge_bytes_mapped(self.address)
+            log.info("the pool has %d of %d bytes on huge pages", self._huge_bytes, self.size)
+
+    def populate_in_background(self) -> None:
+        """Starts a thread that populates the segment while it is used already."""
+        self._populating = threading.Thread(target=self._populate_politely, name="kvd-populate", daemon=True)
+        self._populating.start()
+
+    def stop_populating(self) -> None:
+        """Ends a ``populate`` early; it stops within one piece."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Unmaps and closes. Nobody may hold a view of ``data`` any more: BufferError otherwise."""
+        self._stop.set()
+        if self._populating is not None:
+            self._populating.join(timeout=5)
+        self._words.release()
+        self.data.release()
+        self._table.close()
+        self._map.close()
+        os.close(self.table_fd)
+        os.close(self.data_fd)
+
+    # -- inside
+
+    def _populate_politely(self) -> None:
+        # Requests come first: the thread's own priority is lowered, not the process's.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        self.populate()
+
+    def _advise(self) -> None:
+        if self._backing.advise_huge:
+            try:
+                syscalls.madvise(self.address, self.size, syscalls.MADV_HUGEPAGE)
+            except OSError as error:
+                log.warning("huge pages were asked for and refused: %s", error.strerror)
+
+    def _lock(self) -> tuple[bool, str]:
+        """Keeps the pool out of swap if the limit allows; (locked, why not)."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+        try:
+            syscalls.mlock_on_fault(self.address, self.size)
+        except OSError as error:
+            limit = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard >> 10} KiB"
+            return False, f"not locked in memory ({error.strerror}): the memlock limit is {limit} (see ulimit -l)"
+        return True, ""
+
+
+def _make_table(size: int) -> tuple[int, mmap.mmap]:
+    """A zeroed table and the one writable mapping of it that there will ever be; the descriptor only reads."""
+    writable = os.memfd_create("kvd-generations", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(writable, size)
+        table = mmap.mmap(writable, size)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | syscalls.F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
+        # After this no descriptor of the file, however it was opened, gives a writable mapping or takes a write.
+        fcntl.fcntl(writable, fcntl.F_ADD_SEALS, seals)
+        return os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC), table
+    finally:
+        os.close(writable)
+
+
+def _address(mapping: mmap.mmap) -> int:
+    # The object that tells the address must not outlive this call: it would keep the mapping from being closed.
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def _huge_bytes_mapped(address: int) -> int:
+    """Bytes of the mapping at ``address`` that this process sees through huge pages, by the kernel's account."""
+    inside = False
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            head = line.split(" ", 1)[0]
+            if "-" in head:
+                inside = int(head.split("-")[0], 16) == address
+            elif inside and line.startswith(("ShmemPmdMapped:", "FilePmdMapped:")):
+                found = int(line.split()[1]) * 1024
+                if found:
+                    return found
+    return 0

@@ -1,0 +1,281 @@
+"""Slots from slabs: which bytes of a segment are in use. Pure arithmetic; touches no memory.
+
+The segment is cut into equal regions. A slab is a run of neighbouring regions, cut into equal slots of one size;
+a slab with no slot in use gives its regions back at once. When no run of free regions is long enough for a new
+slab, ``windows`` names the neighbouring slabs whose emptying would make one: so no mix of sizes can fragment the
+pool for ever, provided that the owner of the slots is willing to empty them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kvd.wire.lifeline import GRANULE_BYTES
+
+_MIB = 1 << 20
+_REGION_STEP_BYTES = 2 * _MIB
+_MAX_REGION_BYTES = 1024 * _MIB
+#: Regions that a large pool is cut into, about.
+_REGIONS = 256
+#: A pool too small for this many regions of the step gets smaller ones.
+_MIN_REGIONS = 16
+#: A slab is made of few regions unless more of them leave less than this share unused.
+_MAX_WASTE = 0.125
+_SHAPES_TRIED = 8
+
+
+def region_bytes_for(pool_bytes: int) -> int:
+    """Size of a region for a pool of ``pool_bytes``."""
+    if pool_bytes < _MIN_REGIONS * _REGION_STEP_BYTES:
+        return max(GRANULE_BYTES, pool_bytes // _MIN_REGIONS // GRANULE_BYTES * GRANULE_BYTES)
+    stepped = pool_bytes // _REGIONS // _REGION_STEP_BYTES * _REGION_STEP_BYTES
+    return min(max(stepped, _REGION_STEP_BYTES), _MAX_REGION_BYTES)
+
+
+class Window(NamedTuple):
+    """Neighbouring slabs (by the offset where each begins) which, emptied, free ``size_bytes`` in one run."""
+
+    slabs: tuple[int, ...]
+    size_bytes: int
+
+
+class _Slab:
+    """A run of regions cut in equal slots."""
+
+    __slots__ = ("freed", "fresh", "listed", "offset", "regions", "slot_bytes", "slots", "taken", "used")
+
+    def __init__(self, offset: int, regions: int, slot_bytes: int, slots: int) -> None:
+        self.offset = offset
+        self.regions = regions
+        self.slot_bytes = slot_bytes
+        self.slots = slots
+        self.taken = 0
+        self.used = bytearray(slots)  # 1 = in use
+        self.fresh = 0  # slots from here on have never been used: a new slab of many slots costs nothing
+        self.freed: list[int] = []
+        self.listed = False  # whether the heap of its class holds it
+
+    def take(self) -> int:
+        if self.freed:
+            index = self.freed.pop()
+        else:
+            index = self.fresh
+            self.fresh += 1
+        self.used[index] = 1
+        self.taken += 1
+        return self.offset + index * self.slot_bytes
+
+    def give(self, offset: int) -> None:
+        index, rest = divmod(offset - self.offset, self.slot_bytes)
+        if rest or index >= self.slots or not self.used[index]:
+            raise ValueError(f"no slot in use begins at offset {offset}")
+        self.used[index] = 0
+        self.taken -= 1
+        self.freed.append(index)
+
+
+class _SizeClass:
+    """The slabs of one slot size: how many there are, and those with room, lowest offset first."""
+
+    __slots__ = ("roomy", "slabs")
+
+    def __init__(self) -> None:
+        self.slabs = 0
+        self.roomy: list[int] = []
+
+
+class SlabAllocator:
+    """Gives and takes back slots of one segment of ``pool_bytes``.
+
+    Slots begin at multiples of 4 KiB. Raises ``ValueError`` when the pool is smaller than that.
+    """
+
+    def __init__(self, pool_bytes: int) -> None:
+        if pool_bytes < GRANULE_BYTES:
+            raise ValueError(f"a pool of {pool_bytes} bytes is smaller than one slot of {GRANULE_BYTES}")
+        self.region_bytes = region_bytes_for(pool_bytes)
+        self._regions: list[_Slab | None] = [None] * (pool_bytes // self.region_bytes)
+        self._free_regions = len(self._regions)
+        self._classes: dict[int, _SizeClass] = {}
+        self._taken_bytes = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that can be given out: the pool without a remainder smaller than a region."""
+        return len(self._regions) * self.region_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that are in no slab."""
+        return self._free_regions * self.region_bytes
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes of slots in use. What is neither free nor taken is idle: free slots and remainders of slabs."""
+        return self._taken_bytes
+
+    def slot_sizes(self) -> list[int]:
+        """The slot sizes that have slabs now, bytes."""
+        return list(self._classes)
+
+    @staticmethod
+    def slot_bytes(chunk_bytes: int) -> int:
+        """Size of the slot that a chunk of ``chunk_bytes`` gets."""
+        return -(-chunk_bytes // GRANULE_BYTES) * GRANULE_BYTES
+
+    def allocate(self, slot_bytes: int) -> int | None:
+        """Offset of a free slot of ``slot_bytes``, or None when something has to be emptied first."""
+        size_class = self._classes.get(slot_bytes)
+        while size_class is not None and size_class.roomy:
+            slab = self._slab_from(size_class.roomy[0])
+            if slab is not None and slab.slot_bytes == slot_bytes and slab.taken < slab.slots:
+                self._taken_bytes += slot_bytes
+                return slab.take()
+            heapq.heappop(size_class.roomy)
+            if slab is not None and slab.slot_bytes == slot_bytes:
+                slab.listed = False
+        slab = self._new_slab(slot_bytes)
+        if slab is None:
+            return None
+        self._taken_bytes += slot_bytes
+        return slab.take()
+
+    def free(self, offset: int) -> None:
+        """Take the slot at ``offset`` back. Raises ``ValueError`` when no slot in use begins there."""
+        slab = self._slab_around(offset)
+        slab.give(offset)
+        self._taken_bytes -= slab.slot_bytes
+        size_class = self._classes[slab.slot_bytes]
+        if not slab.taken:
+            first = slab.offset // self.region_bytes
+            self._regions[first : first + slab.regions] = [None] * slab.regions
+            self._free_regions += slab.regions
+            size_class.slabs -= 1
+            if not size_class.slabs:
+                del self._classes[slab.slot_bytes]
+        elif not slab.listed:
+            slab.listed = True
+            heapq.heappush(size_class.roomy, slab.offset)
+
+    def slab_of(self, offset: int) -> int:
+        """Where the slab that holds the slot at ``offset`` begins. Raises ``ValueError`` when there is none."""
+        return self._slab_around(offset).offset
+
+    def used_slots(self, slab_offset: int) -> Iterator[int]:
+        """Offsets of the slots in use of the slab that begins at ``slab_offset``."""
+        slab = self._slab_around(slab_offset)
+        index = slab.used.find(1)
+        while index >= 0:
+            yield slab.offset + index * slab.slot_bytes
+            index = slab.used.find(1, index + 1)
+
+    def windows(self, slot_bytes: int) -> Iterator[Window]:
+        """Every shortest run of slabs of other sizes (and free regions between) that would hold a slab of this size."""
+        needed = self._shape(slot_bytes)[0]
+        start = held = 0  # of the run under the window, in units and in regions
+        units: list[tuple[_Slab | None, int]] = []
+        for slab, regions in self._units():
+            units.append((slab, regions))
+            if slab is not None and slab.slot_bytes == slot_bytes:
+                start, held = len(units), 0
+                continue
+            held += regions
+            while held >= needed:
+                slabs = tuple(unit.offset for unit, _ in units[start:] if unit is not None)
+                if slabs:
+                    yield Window(slabs, held * self.region_bytes)
+                held -= units[start][1]
+                start += 1
+
+    def audit(self) -> list[str]:
+        """What does not agree inside the allocator; empty = nothing."""
+        findings = []
+        taken_bytes = free_regions = 0
+        slabs: dict[int, int] = {}
+        for slab, regions in self._units():
+            if slab is None:
+                free_regions += regions
+                continue
+            slabs[slab.slot_bytes] = slabs.get(slab.slot_bytes, 0) + 1
+            taken_bytes += slab.taken * slab.slot_bytes
+            if not slab.taken or slab.taken != slab.used.count(1):
+                findings.append(f"slab {slab.offset}: {slab.taken} slots taken, {slab.used.count(1)} marked")
+            if slab.fresh - len(slab.freed) != slab.taken or len(set(slab.freed)) != len(slab.freed):
+                findings.append(f"slab {slab.offset}: its free list does not match its marks")
+            if slab.taken < slab.slots and slab.offset not in self._classes[slab.slot_bytes].roomy:
+                findings.append(f"slab {slab.offset}: has room and is not listed")
+        if slabs != {size: size_class.slabs for size, size_class in self._classes.items()}:
+            findings.append(f"slabs by size: {slabs} in the regions, other counts in the classes")
+        if free_regions != self._free_regions:
+            findings.append(f"{free_regions} free regions, {self._free_regions} counted")
+        if taken_bytes != self._taken_bytes:
+            findings.append(f"{taken_bytes} bytes taken, {self._taken_bytes} counted")
+        return findings
+
+    def _shape(self, slot_bytes: int) -> tuple[int, int]:
+        """Regions and slots of a slab of this slot size."""
+        least = -(-slot_bytes // self.region_bytes)
+        best, best_waste = least, 1.0
+        for regions in range(least, min(least + _SHAPES_TRIED, len(self._regions) + 1)):
+            size = regions * self.region_bytes
+            waste = size % slot_bytes / size
+            if waste < best_waste:
+                best, best_waste = regions, waste
+            if waste <= _MAX_WASTE:
+                break
+        return best, best * self.region_bytes // slot_bytes
+
+    def _new_slab(self, slot_bytes: int) -> _Slab | None:
+        regions, slots = self._shape(slot_bytes)
+        first = self._free_run(regions)
+        if first is None:
+            return None
+        slab = _Slab(first * self.region_bytes, regions, slot_bytes, slots)
+        self._regions[first : first + regions] = [slab] * regions
+        self._free_regions -= regions
+        size_class = self._classes.setdefault(slot_bytes, _SizeClass())
+        size_class.slabs += 1
+        slab.listed = True
+        heapq.heappush(size_class.roomy, slab.offset)
+        return slab
+
+    def _free_run(self, regions: int) -> int | None:
+        """First region of the shortest free run that is long enough, or None."""
+        if self._free_regions < regions:
+            return None
+        best: int | None = None
+        best_length = len(self._regions) + 1
+        run = 0
+        for index, slab in enumerate([*self._regions, self._END]):
+            if slab is None:
+                run += 1
+                continue
+            if regions <= run < best_length:
+                best, best_length = index - run, run
+            run = 0
+        return best
+
+    def _units(self) -> Iterator[tuple[_Slab | None, int]]:
+        """The segment from its begin: each slab with its regions, and each free region by itself."""
+        index = 0
+        while index < len(self._regions):
+            slab = self._regions[index]
+            regions = 1 if slab is None else slab.regions
+            yield slab, regions
+            index += regions
+
+    def _slab_from(self, offset: int) -> _Slab | None:
+        """The slab that begins at ``offset``, if one does."""
+        slab = self._regions[offset // self.region_bytes]
+        return slab if slab is not None and slab.offset == offset else None
+
+    def _slab_around(self, offset: int) -> _Slab:
+        index = offset // self.region_bytes
+        slab = self._regions[index] if 0 <= index < len(self._regions) else None
+        if slab is None:
+            raise ValueError(f"no slab around offset {offset}")
+        return slab
+
+    _END = _Slab(0, 0, 1, 0)  # a mark after the last region

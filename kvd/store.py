@@ -1,0 +1,350 @@
+"""The chunk store: what clients may ask of the books, and the checks before it is done.
+
+Owned by the event loop: synchronous, no I/O, no locks. The books themselves are in ``kvd.ledger``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from kvd.ledger.audit import audit
+from kvd.ledger.books import Books
+from kvd.ledger.coverage import Grid
+from kvd.ledger.eviction import EvictionPolicy, LeafLru
+from kvd.ledger.figures import figures
+from kvd.ledger.index import Space
+from kvd.ledger.leases import ReadLease, ReadLeases, SessionBook, WriteLease
+from kvd.ledger.room import make_room_for_namespace
+from kvd.ledger.terms import (
+    Counters,
+    Generations,
+    IoTicket,
+    Limits,
+    NamespaceFigures,
+    PoolFigures,
+    ReadableGenerations,
+    SessionFigures,
+    StoreStats,
+    TenantFigures,
+)
+from kvd.ledger.transfers import Transfers
+from kvd.ledger.writing import Writing
+from kvd.memory.slabs import SlabAllocator
+from kvd.types import ROOT, CommitStatus, LeaseId, LookupResult, Namespace, ReserveResult, SessionId, Stripe
+from kvd.wire.errors import InvalidRequest, LimitReached, NamespaceUnknown, SessionUnknown
+from kvd.wire.frames import MAX_ITEMS, Item, ItemStatus, Op
+from kvd.wire.identity import KEY_BYTES, Identity
+from kvd.wire.lifeline import GRANULE_BYTES
+
+__all__ = [
+    "ChunkStore",
+    "Counters",
+    "Generations",
+    "IoTicket",
+    "Limits",
+    "NamespaceFigures",
+    "PoolFigures",
+    "ReadableGenerations",
+    "SessionFigures",
+    "StoreStats",
+    "TenantFigures",
+]
+
+#: Most stripes in one item of Commit; an engine sends one per rank.
+MAX_STRIPES = 4096
+
+
+class ChunkStore:
+    """Lookup, reserve, commit, release.
+
+    A method that takes a session raises ``SessionUnknown`` when it is not open, one that takes a namespace id raises
+    ``NamespaceUnknown`` when the session has not opened it. These, ``InvalidRequest`` and ``LimitReached`` are raised
+    before anything has changed.
+    """
+
+    def __init__(
+        self,
+        allocator: SlabAllocator,
+        generations: Generations,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+        policy: EvictionPolicy | None = None,
+    ) -> None:
+        self.counters = Counters()
+        self._limits = limits
+        self._clock = clock
+        self._allocator = allocator
+        self._books = Books(allocator, generations, LeafLru() if policy is None else policy, self.counters)
+        self._sessions: dict[SessionId, SessionBook] = {}
+        self._reads = ReadLeases(limits.read_lease_s)
+        self._transfers = Transfers(self._books)
+        max_writing_bytes = int(allocator.total_bytes * limits.max_writing_share)
+        self._writing = Writing(self._books, max_writing_bytes)
+        #: Larger chunks cannot be stored: no session could ever reserve one.
+        self.max_chunk_bytes = max_writing_bytes // GRANULE_BYTES * GRANULE_BYTES
+
+    # ------------------------------------------------------------ sessions and namespaces
+
+    def open_session(self, session: SessionId, tenant: str) -> None:
+        """A client of ``tenant`` has come. ``InvalidRequest`` when the number is taken."""
+        if session in self._sessions:
+            raise InvalidRequest(f"session {session} exists already")
+        self._sessions[session] = SessionBook(session, tenant)
+
+    def close_session(self, session: SessionId) -> None:
+        """The session's stream has ended: so do its read leases. What it writes stays until ``writers_gone``."""
+        book = self._sessions.get(session)
+        if book is None or book.closed:
+            return
+        book.closed = True
+        for lease in list(book.reads.values()):
+            self._end_read(lease)
+        for space in book.spaces.values():
+            space.sessions -= 1
+            self._books.forget_if_empty(space)
+        book.spaces.clear()
+        book.cancelled.clear()
+
+    def writers_gone(self, session: SessionId) -> None:
+        """It is proven that nobody of the session can copy any more: its unfinished chunks go, their slots later."""
+        self.close_session(session)
+        book = self._sessions.pop(session, None)
+        if book is not None:
+            self._writing.bury(book, self._clock() + self._limits.quarantine_s)
+
+    def open_namespace(self, session: SessionId, identity: Identity, chunk_bytes: int) -> Namespace:
+        """The namespace of ``identity`` for the session's tenant, made if new.
+
+        ``InvalidRequest`` when the chunks would be too large for the pool, or differ in size from what the namespace
+        was opened with, or the grid of layers and heads is not sound; ``LimitReached`` when there are too many.
+        """
+        book = self._session(session)
+        if not 0 < chunk_bytes <= self.max_chunk_bytes:
+            raise InvalidRequest(f"chunk_bytes {chunk_bytes} is not between 1 and {self.max_chunk_bytes}")
+        namespace_id = identity.namespace_id(book.tenant)
+        space = self._books.spaces.get(namespace_id)
+        if space is not None and space.namespace.chunk_bytes != chunk_bytes:
+            raise InvalidRequest(f"chunk_bytes {chunk_bytes} differs from {space.namespace.chunk_bytes}, used before")
+        if namespace_id in book.spaces:
+            return book.spaces[namespace_id].namespace
+        if len(book.spaces) >= self._limits.max_namespaces_per_session:
+            raise LimitReached(f"the session has {len(book.spaces)} namespaces open")
+        if space is None:
+            grid = Grid(identity.num_layers, identity.num_kv_heads)
+            if not make_room_for_namespace(self._books, self._limits.max_namespaces):
+                raise LimitReached(f"{self._limits.max_namespaces} namespaces are in use")
+            namespace = Namespace(namespace_id, book.tenant, identity, chunk_bytes)
+            space = Space(namespace, self._allocator.slot_bytes(chunk_bytes), grid)
+            self._books.spaces[namespace_id] = space
+        space.sessions += 1
+        book.spaces[namespace_id] = space
+        return space.namespace
+
+    # ------------------------------------------------------------ reading
+
+    def lookup(
+        self, session: SessionId, namespace_id: bytes, lease_id: LeaseId, keys: Sequence[bytes], skip: int = 0
+    ) -> LookupResult:
+        """Match the longest READY prefix of ``keys`` and lease it from its chunk ``skip`` on."""
+        book, space = self._open(session, namespace_id)
+        self._check_keys(keys)
+        if not 0 <= skip <= len(keys):
+            raise InvalidRequest(f"skip {skip} of {len(keys)} keys")
+        now = self._advance()
+        book.check_new(lease_id, self._limits.max_leases_per_session)
+        books, counters = self._books, self.counters
+        found = space.ready_prefix(keys)
+        leased = found[skip:]
+        if book.leased_chunks + len(leased) > self._limits.max_leased_chunks_per_session:
+            raise LimitReached(f"the session has {book.leased_chunks} chunks leased: release some")
+        for chunk in found:
+            books.touch(chunk)
+        space.touched = books.last_stamp
+        if leased:
+            self._reads.make(lease_id, book, leased, now)
+            for chunk in leased:
+                books.hold(chunk)
+        counters.lookups += 1
+        counters.asked_chunks += len(keys) - skip
+        counters.hit_chunks += len(leased)
+        counters.miss_chunks += len(keys) - skip - len(leased)
+        writing = space.being_written(keys[len(found) :], found[-1] if found else None)
+        return LookupResult([chunk.location for chunk in leased], 0, writing)
+
+    def release(self, session: SessionId, lease_ids: Sequence[LeaseId]) -> int:
+        """End read leases; how many there were. Unknown ids are remembered: a late Lookup with one is refused."""
+        book = self._session(session)
+        self._check_count(lease_ids, self._limits.max_leases_per_session)
+        self._advance()
+        released = 0
+        for lease_id in lease_ids:
+            lease = book.reads.get(lease_id)
+            if lease is not None:
+                self._end_read(lease)
+                released += 1
+            elif lease_id not in book.writes:
+                book.cancel(lease_id, self._limits.max_leases_per_session)
+        return released
+
+    def renew(self, session: SessionId, lease_ids: Sequence[LeaseId]) -> list[bool]:
+        """Extend read leases; whether each lease is alive. A write lease has no end by time and needs no renewal."""
+        book = self._session(session)
+        self._check_count(lease_ids, self._limits.max_leases_per_session)
+        now = self._advance()
+        alive = []
+        for lease_id in lease_ids:
+            lease = book.reads.get(lease_id)
+            if lease is not None:
+                self._reads.renew(lease, now)
+            alive.append(lease is not None or lease_id in book.writes)
+        return alive
+
+    # ------------------------------------------------------------ writing
+
+    def reserve(
+        self, session: SessionId, namespace_id: bytes, lease_id: LeaseId, items: Sequence[tuple[bytes, bytes]]
+    ) -> list[ReserveResult]:
+        """Slots to write chunks into; ``items`` are (key, parent), parents before their children."""
+        book, space = self._open(session, namespace_id)
+        self._check_keys([key for key, _ in items])
+        self._check_keys([parent for _, parent in items if parent != ROOT])
+        self._advance()
+        book.check_new(lease_id, self._limits.max_leases_per_session)
+        results = self._writing.reserve(book, space, lease_id, items)
+        space.touched = self._books.last_stamp
+        return results
+
+    def commit(
+        self,
+        session: SessionId,
+        namespace_id: bytes,
+        lease_id: LeaseId,
+        items: Sequence[tuple[bytes, Sequence[Stripe]]],
+    ) -> list[CommitStatus]:
+        """Bytes are in place; ``items`` are (key, stripes), no stripes meaning the whole chunk.
+
+        PARTIAL as long as stripes are missing, even when the chunk is lost already: somebody may still be copying
+        into its slot. ``InvalidRequest`` when a stripe is not inside the namespace's grid.
+        """
+        book, space = self._open(session, namespace_id)
+        self._check_keys([key for key, _ in items])
+        cells = [(key, self._cells(space, stripes)) for key, stripes in items]
+        self._advance()
+        return self._writing.commit(space, self._write_lease(book, space, lease_id), cells)
+
+    def abort(self, session: SessionId, namespace_id: bytes, lease_id: LeaseId, keys: Sequence[bytes]) -> int:
+        """Give up reserved chunks, all of the lease when ``keys`` is empty; how many there were.
+
+        An unknown lease id is remembered: a late Reserve with it is refused.
+        """
+        book, space = self._open(session, namespace_id)
+        self._check_keys(keys)
+        self._advance()
+        lease = self._write_lease(book, space, lease_id)
+        if lease is not None:
+            return self._writing.abort(lease, keys)
+        if lease_id not in book.reads:
+            book.cancel(lease_id, self._limits.max_leases_per_session)
+        return 0
+
+    # ------------------------------------------------------------ the data plane
+
+    def begin_io(
+        self, session: SessionId, op: Op, lease_id: LeaseId, items: Sequence[Item]
+    ) -> tuple[IoTicket, list[ItemStatus]]:
+        """Ask to move bytes. Items that are OK stay in place until ``end_io``, whatever happens to lease or session."""
+        book = self._session(session)
+        self._check_count(items, MAX_ITEMS)
+        self._advance()
+        return self._transfers.begin(book, op, lease_id, items)
+
+    def end_io(self, ticket: IoTicket, failed: Collection[int] = ()) -> None:
+        """The transfer is over, before the client is told so. ``failed``: indices whose bytes did not arrive intact."""
+        now = self._advance()
+        self._transfers.end(ticket, failed, now + self._limits.quarantine_s)
+
+    # ------------------------------------------------------------ keeping house
+
+    def tick(self) -> None:
+        """End what ends by time: read leases, quarantines. Every request does as much; this is for when none comes."""
+        self._advance()
+
+    def drop(self, tenant: str, namespace_id: bytes | None) -> tuple[int, int]:
+        """Drop what nobody holds of one namespace or of all of ``tenant``; how many chunks were dropped and kept.
+
+        ``NamespaceUnknown`` when the tenant has no such namespace.
+        """
+        self._advance()
+        spaces = [space for space in self._books.spaces.values() if space.namespace.tenant == tenant]
+        if namespace_id is not None:
+            spaces = [space for space in spaces if space.namespace.id == namespace_id]
+            if not spaces:
+                raise NamespaceUnknown("the tenant has nothing in this namespace")
+        dropped = kept = 0
+        for space in spaces:
+            for top in [chunk for chunk in space.chunks.values() if not chunk.holds]:
+                if space.chunks.get(top.key) is top:  # not gone with its parent yet
+                    dropped += self._books.evict(top)
+            kept += len(space.chunks)
+        self.counters.dropped_chunks += dropped
+        return dropped, kept
+
+    def audit(self) -> list[str]:
+        """What does not agree between any two books; empty = clean. O(chunks), about 3 microseconds each."""
+        return audit(self._books, self._sessions, self._reads, self._transfers)
+
+    def stats(self) -> StoreStats:
+        """A snapshot, read from the books. O(namespaces + sessions + leases)."""
+        return figures(self._books, self._sessions.values())
+
+    # ------------------------------------------------------------ checks and steps
+
+    def _session(self, session: SessionId) -> SessionBook:
+        book = self._sessions.get(session)
+        if book is None or book.closed:
+            raise SessionUnknown(f"session {session} is not open")
+        return book
+
+    def _open(self, session: SessionId, namespace_id: bytes) -> tuple[SessionBook, Space]:
+        book = self._session(session)
+        space = book.spaces.get(namespace_id)
+        if space is None:
+            raise NamespaceUnknown("the namespace is not open in this session")
+        return book, space
+
+    def _check_count(self, things: Sequence[object], most: int) -> None:
+        if len(things) > most:
+            raise InvalidRequest(f"{len(things)} items in one request, at most {most}")
+
+    def _check_keys(self, keys: Sequence[bytes]) -> None:
+        self._check_count(keys, self._limits.max_chunks_per_request)
+        if keys and set(map(len, keys)) != {KEY_BYTES}:
+            raise InvalidRequest(f"a key is not {KEY_BYTES} bytes long")
+
+    def _cells(self, space: Space, stripes: Sequence[Stripe]) -> int:
+        self._check_count(stripes, MAX_STRIPES)
+        cells = 0 if stripes else space.grid.whole
+        for stripe in stripes:
+            cells |= space.grid.bits(stripe)
+        return cells
+
+    def _write_lease(self, book: SessionBook, space: Space, lease_id: LeaseId) -> WriteLease | None:
+        lease = book.writes.get(lease_id)
+        if lease is not None and lease.space is not space:
+            raise InvalidRequest(f"lease {lease_id} is of another namespace")
+        return lease
+
+    def _end_read(self, lease: ReadLease) -> None:
+        self._reads.end(lease)
+        for chunk in lease.chunks:
+            self._books.unhold(chunk)
+
+    def _advance(self) -> float:
+        """End what has ended by now, so that no request sees it alive; the time that the request is judged by."""
+        now = self._clock()
+        while (lease := self._reads.expired(now)) is not None:
+            self._end_read(lease)
+            self.counters.expired_leases += 1
+        self._books.end_quarantines(now)
+        return now

@@ -1,0 +1,196 @@
+"""The command ``kvd``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from kvd import config
+from kvd.wire.endpoints import UnixEndpoint, find_socket, parse_endpoint
+from kvd.wire.errors import KvdError, from_rpc_error
+from kvd.wire.pb import kvd_pb2 as pb
+from kvd.wire.version import VERSION
+
+#: How long a command waits for the daemon.
+CALL_TIMEOUT_S = 5.0
+AUDIT_TIMEOUT_S = 60.0
+
+M = TypeVar("M", bound=Message)
+
+# Flags of ``kvd serve``, by the names of the settings; None = a switch. Values are read and checked by kvd.config.
+_FLAGS: dict[str, tuple[str | None, str]] = {
+    "socket": ("PATH", "Unix socket for engines on this node (default: the first usual place that can be written to)"),
+    "listen": ("HOST:PORT", "TCP address of the control plane (default: 127.0.0.1:7440)"),
+    "data": ("HOST:PORT", "TCP address of the data plane (default: two ports above --listen)"),
+    "http": ("HOST:PORT", "address of /metrics, /healthz and /readyz (default: 127.0.0.1:7441)"),
+    "pool": ("SIZE", "memory for chunks, for example 512MiB or 8GiB (default: 1GiB)"),
+    "pool_dir": ("DIR", "tmpfs or hugetlbfs directory for the pool's file (default: an anonymous memory file)"),
+    "huge_pages": (None, "ask for huge pages; the start says what was really given"),
+    "populate": ("WHEN", "take the pool's memory lazy (on first use), background (default) or start (before serving)"),
+    "group": ("NAME", "let members of this group in as well"),
+    "allow_remote": (None, "let in peers from other machines; they are not authenticated"),
+    "drain_timeout": ("SECONDS", "longest wait for transfers under way when stopping (default: 5)"),
+    "quarantine": ("SECONDS", "how long slots of a dead writer stay unused (default: 5)"),
+    "read_lease": ("SECONDS", "how long a read lease lives without being renewed (default: 30)"),
+    "log_level": ("LEVEL", "debug, info (default), warning or error"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; its exit code is 0 for good, 1 for no (good) answer, 2 for wrong usage or settings."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except config.BadSetting as error:
+        print(f"kvd: {error}", file=sys.stderr)
+        return 2
+    except KvdError as error:
+        print(f"kvd: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    loaded = _load(arguments)
+    logging.basicConfig(
+        level=loaded.settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    # The daemon's own libraries are loaded for this command only: the others answer at once.
+    from kvd.server import serve
+
+    return serve(loaded)
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    rows = _load(arguments).describe()
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for key, value, source in rows:
+        print(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {source}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from kvd import status
+
+    stats = _call(arguments, "Kvd/Stats", pb.StatsRequest(), pb.StatsResponse)
+    print(json.dumps(status.as_json(stats), indent=2) if arguments.json else status.as_text(stats))
+    return 0
+
+
+def _drop(arguments: argparse.Namespace) -> int:
+    request = pb.DropRequest(namespace_id=arguments.namespace or b"")
+    answer = _call(arguments, "Admin/Drop", request, pb.DropResponse)
+    print(f"dropped {answer.chunks} chunks; kept {answer.kept} that are in use")
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    answer = _call(arguments, "Admin/Audit", pb.AuditRequest(), pb.AuditResponse, AUDIT_TIMEOUT_S)
+    for finding in answer.findings:
+        print(finding)
+    print("the books agree" if not answer.findings else f"{len(answer.findings)} findings")
+    return 1 if answer.findings else 0
+
+
+def _version(arguments: argparse.Namespace) -> int:
+    print(f"kvd {VERSION}")
+    return 0
+
+
+# ---------------------------------------------------------------- how
+
+
+def _load(arguments: argparse.Namespace) -> config.Loaded:
+    return config.load({key: getattr(arguments, key) for key in _FLAGS}, os.environ, arguments.config)
+
+
+def _call(
+    arguments: argparse.Namespace, method: str, request: Message, response: type[M], timeout_s: float = CALL_TIMEOUT_S
+) -> M:
+    """One call to the daemon. Raises KvdError, its text fit for the terminal."""
+    try:
+        endpoint = parse_endpoint(arguments.endpoint) if arguments.endpoint else UnixEndpoint(find_socket())
+    except ValueError as error:
+        raise config.BadSetting("endpoint", arguments.endpoint, "flag --endpoint", str(error)) from error
+    with grpc.insecure_channel(endpoint.grpc_target) as channel:
+        call = channel.unary_unary(
+            f"/kvd.v1.{method}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=response.FromString,
+        )
+        try:
+            return cast(M, call(request, timeout=timeout_s))
+        except grpc.RpcError as failure:
+            refusal = from_rpc_error(failure)
+    if refusal.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        raise refusal
+    missing = isinstance(endpoint, UnixEndpoint) and not os.path.exists(endpoint.path)
+    why = "there is no such socket" if missing else str(refusal)
+    raise type(refusal)(f"no daemon answers at {endpoint} ({why}); start one with `kvd serve`, or give --endpoint")
+
+
+def _namespace_id(text: str) -> bytes:
+    try:
+        found = bytes.fromhex(text)
+    except ValueError:
+        found = b""
+    if len(found) != 32:
+        raise argparse.ArgumentTypeError("a namespace id is 64 hexadecimal digits, see `kvd status --json`")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvd", description="KV cache as a service for LLM engines.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"kvd {VERSION}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    serve = _command(commands, "serve", _serve, "run the daemon")
+    _add_settings(serve)
+    show = _command(commands, "config", _config, "print the settings in force and where each came from")
+    show.add_argument("--show", action="store_true", required=True, help="print them")
+    _add_settings(show)
+    status = _command(commands, "status", _status, "print the state of a daemon")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    drop = _command(commands, "drop", _drop, "drop stored chunks that nobody uses")
+    drop.add_argument("--namespace", metavar="ID", type=_namespace_id, help="only those of this namespace")
+    audit = _command(commands, "audit", _audit, "check the daemon's books against each other")
+    for client in (status, drop, audit):
+        client.add_argument(
+            "--endpoint", metavar="WHERE", help="unix:PATH or tcp://HOST:PORT (default: the local socket)"
+        )
+    _command(commands, "version", _version, "print the release")
+    return parser
+
+
+def _command(commands: Any, name: str, run: object, text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", metavar="FILE", help="TOML file with settings; flags and KVD_... variables win over it"
+    )
+    for key, (value, text) in _FLAGS.items():
+        flag = "--" + key.replace("_", "-")
+        if value is None:
+            command.add_argument(flag, dest=key, action="store_const", const=True, help=text)
+        else:
+            command.add_argument(flag, dest=key, metavar=value, help=text)

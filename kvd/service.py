@@ -1,0 +1,300 @@
+"""The control plane: protobuf in, store and sessions asked, protobuf out. No decisions are made here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import grpc
+from google.protobuf.message import Message
+from grpc_status import rpc_status
+
+from kvd import convert
+from kvd.metrics import Metrics
+from kvd.peers import DEFAULT_TENANT, Access, Identified, parse_grpc_peer
+from kvd.session import HEARTBEAT_S, Session, Sessions
+from kvd.store import ChunkStore
+from kvd.types import CommitStatus
+from kvd.wire import errors
+from kvd.wire.pb import kvd_pb2 as pb
+from kvd.wire.version import PROTOCOL_MAX, PROTOCOL_MIN, VERSION
+
+log = logging.getLogger(__name__)
+
+SERVICES = ("kvd.v1.Kvd", "kvd.v1.Admin")
+#: A stream that has not said Hello by then is closed.
+HELLO_TIMEOUT_S = 5.0
+WRITE_TIMEOUT_S = 5.0
+_TOKEN_KEY = "kvd-session-bin"
+_IN_PLACE = (CommitStatus.STORED, CommitStatus.WAITING_PARENT)
+
+# What the stubs do not know of grpc.aio.
+Context = Any
+_EOF = cast(Any, grpc.aio).EOF
+Call = Callable[[Any, Context], Awaitable[Message]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the service tells clients about the daemon. ``stats`` makes the answer to Stats."""
+
+    daemon_id: int
+    listen_port: int
+    data_port: int
+    read_lease_s: float
+    max_chunks_per_request: int
+    stats: Callable[[], pb.StatsResponse]
+
+
+class ControlService:
+    """Both gRPC services, as handlers for a ``grpc.aio`` server. Lives on the event loop."""
+
+    def __init__(self, store: ChunkStore, sessions: Sessions, access: Access, metrics: Metrics, facts: Facts) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._access = access
+        self._metrics = metrics
+        self._facts = facts
+        #: When a session last asked for something, by ``time.monotonic``.
+        self.last_request_at = 0.0
+
+    def handlers(self) -> list[grpc.GenericRpcHandler[Any, Any]]:
+        """What to add to the server."""
+        kvd = {
+            "Session": _streams(self._session, pb.ClientNote),
+            "OpenNamespace": self._unary("OpenNamespace", pb.OpenNamespaceRequest, self._in_session(self._open)),
+            "Lookup": self._unary("Lookup", pb.LookupRequest, self._in_session(self._lookup)),
+            "Reserve": self._unary("Reserve", pb.ReserveRequest, self._in_session(self._reserve)),
+            "Commit": self._unary("Commit", pb.CommitRequest, self._in_session(self._commit)),
+            "Abort": self._unary("Abort", pb.AbortRequest, self._in_session(self._abort)),
+            "Release": self._unary("Release", pb.ReleaseRequest, self._in_session(self._release)),
+            "Renew": self._unary("Renew", pb.RenewRequest, self._in_session(self._renew)),
+            "Stats": self._unary("Stats", pb.StatsRequest, self._stats),
+        }
+        admin = {
+            "Drop": self._unary("Drop", pb.DropRequest, self._drop),
+            "Audit": self._unary("Audit", pb.AuditRequest, self._audit),
+        }
+        return [
+            grpc.method_handlers_generic_handler(name, handlers)
+            for name, handlers in zip(SERVICES, (kvd, admin), strict=True)
+        ]
+
+    # -- requests of a session
+
+    def _open(self, session: Session, request: pb.OpenNamespaceRequest) -> pb.OpenNamespaceResponse:
+        namespace = self._store.open_namespace(session.id, convert.identity(request.identity), request.chunk_bytes)
+        session.chunk_bytes[namespace.id] = namespace.chunk_bytes
+        return pb.OpenNamespaceResponse(namespace_id=namespace.id)
+
+    def _lookup(self, session: Session, request: pb.LookupRequest) -> pb.LookupResponse:
+        found = self._store.lookup(session.id, request.namespace_id, request.lease_id, list(request.keys), request.skip)
+        chunks = [convert.location(location) for location in found.locations]
+        return pb.LookupResponse(chunks=chunks, promoting=found.promoting, writing=found.writing)
+
+    def _reserve(self, session: Session, request: pb.ReserveRequest) -> pb.ReserveResponse:
+        if self._sessions.draining:
+            raise errors.Draining("the daemon is stopping")
+        items = convert.reserve_items(request.items)
+        results = self._store.reserve(session.id, request.namespace_id, request.lease_id, items)
+        return pb.ReserveResponse(results=[convert.reserve_result(result) for result in results])
+
+    def _commit(self, session: Session, request: pb.CommitRequest) -> pb.CommitResponse:
+        items = convert.commit_items(request.items)
+        results = self._store.commit(session.id, request.namespace_id, request.lease_id, items)
+        if session.path == "shm":
+            chunks = sum(result in _IN_PLACE for result in results)
+            self._metrics.committed_in_place(chunks * session.chunk_bytes.get(request.namespace_id, 0))
+        return pb.CommitResponse(
+            results=[pb.CommitResult(status=cast(pb.CommitStatus, int(result))) for result in results]
+        )
+
+    def _abort(self, session: Session, request: pb.AbortRequest) -> pb.AbortResponse:
+        keys = list(request.keys)
+        return pb.AbortResponse(aborted=self._store.abort(session.id, request.namespace_id, request.lease_id, keys))
+
+    def _release(self, session: Session, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
+        return pb.ReleaseResponse(released=self._store.release(session.id, list(request.lease_ids)))
+
+    def _renew(self, session: Session, request: pb.RenewRequest) -> pb.RenewResponse:
+        ids = list(request.lease_ids)
+        alive = self._store.renew(session.id, ids)
+        return pb.RenewResponse(
+            results=[pb.RenewResult(lease_id=lease, alive=lives) for lease, lives in zip(ids, alive, strict=True)]
+        )
+
+    # -- requests without a session
+
+    async def _stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
+        return self._facts.stats()
+
+    async def _drop(self, request: pb.DropRequest, context: Context) -> pb.DropResponse:
+        tenant = await self._operator(context)
+        chunks, kept = self._store.drop(tenant, request.namespace_id or None)
+        return pb.DropResponse(chunks=chunks, kept=kept)
+
+    async def _audit(self, request: pb.AuditRequest, context: Context) -> pb.AuditResponse:
+        await self._operator(context)
+        findings = self._store.audit()
+        self._metrics.audited(len(findings))
+        return pb.AuditResponse(findings=findings)
+
+    async def _operator(self, context: Context) -> str:
+        """The tenant of an admin call's peer. Raises PermissionDenied, Unauthenticated."""
+        peer = parse_grpc_peer(context.peer())
+        if peer is None:  # the socket's mode has decided who could connect
+            return DEFAULT_TENANT
+        if not ipaddress.ip_address(peer[0]).is_loopback:
+            raise errors.PermissionDenied("admin calls are answered on this machine only")
+        return (await self._access.identify_tcp(*peer, self._facts.listen_port)).tenant
+
+    # -- the session stream
+
+    async def _session(self, requests: object, context: Context) -> None:
+        started = time.perf_counter()
+        try:
+            hello = await self._receive_hello(context)
+            protocol = _negotiate(hello)
+            session = await self._open_session(hello, context)
+        except errors.KvdError as error:
+            self._metrics.answered("Session", error.code.name, time.perf_counter() - started)
+            await _abort(context, error)
+            return
+        listener = asyncio.create_task(self._listen(context, session))
+        try:
+            await asyncio.wait_for(context.write(self._welcome(session, protocol)), WRITE_TIMEOUT_S)
+            self._metrics.answered("Session", "OK", time.perf_counter() - started)
+            while (note := await session.notes.get()) is not None:
+                await asyncio.wait_for(context.write(note), WRITE_TIMEOUT_S)
+            if self._sessions.draining:
+                await _abort(context, errors.Draining("the daemon has stopped"))
+            elif session.ended:
+                await _abort(context, errors.SessionUnknown("no heartbeat was heard for too long"))
+        except TimeoutError:
+            log.warning("session %d does not take its notes", session.id)
+        finally:
+            listener.cancel()
+            self._sessions.end(session)
+
+    async def _receive_hello(self, context: Context) -> pb.Hello:
+        try:
+            note = await asyncio.wait_for(context.read(), HELLO_TIMEOUT_S)
+        except TimeoutError:
+            raise errors.InvalidRequest("Hello did not come in time") from None
+        if note is _EOF or note.WhichOneof("note") != "hello":
+            raise errors.InvalidRequest("a session begins with Hello")
+        return cast(pb.Hello, note.hello)
+
+    async def _open_session(self, hello: pb.Hello, context: Context) -> Session:
+        client = convert.client_label(hello)
+        if hello.ticket:
+            lifeline = self._sessions.claim(hello.ticket)
+            try:
+                who = self._access.identify_local(lifeline.credentials)
+                return self._sessions.open(client=client, tenant=who.tenant, peer=who.peer, lifeline=lifeline)
+            except errors.KvdError:
+                lifeline.close()
+                raise
+        who = await self._identify(context)
+        return self._sessions.open(client=client, tenant=who.tenant, peer=who.peer)
+
+    async def _identify(self, context: Context) -> Identified:
+        peer = parse_grpc_peer(context.peer())
+        if peer is None:
+            raise errors.Unauthenticated("a session over the Unix socket needs the ticket of a lifeline")
+        return await self._access.identify_tcp(*peer, self._facts.listen_port)
+
+    async def _listen(self, context: Context, session: Session) -> None:
+        """Hears heartbeats until the client ends its side; then the stream ends."""
+        try:
+            while (note := await context.read()) is not _EOF:
+                if note.WhichOneof("note") == "heartbeat":
+                    self._sessions.heard(session)
+        finally:
+            session.send(None)
+
+    def _welcome(self, session: Session, protocol: int) -> pb.ServerNote:
+        facts = self._facts
+        return pb.ServerNote(
+            welcome=pb.Welcome(
+                protocol=protocol,
+                session_token=session.token,
+                daemon_id=facts.daemon_id,
+                daemon_version=VERSION,
+                heartbeat_interval_ms=int(HEARTBEAT_S * 1000),
+                read_lease_ms=int(facts.read_lease_s * 1000),
+                data_port=facts.data_port,
+                max_chunks_per_request=facts.max_chunks_per_request,
+                tenant=session.tenant,
+                max_chunk_bytes=self._store.max_chunk_bytes,
+            )
+        )
+
+    # -- around every unary call
+
+    def _in_session(self, call: Callable[[Session, Any], Message]) -> Call:
+        async def checked(request: Any, context: Context) -> Message:
+            session = self._sessions.by_token(_token(context.invocation_metadata()))
+            if session is None:
+                raise errors.SessionUnknown("the session has ended, or is one of an earlier daemon")
+            self.last_request_at = time.monotonic()
+            return call(session, request)
+
+        return checked
+
+    def _unary(self, method: str, request: type[Message], call: Call) -> grpc.RpcMethodHandler[Any, Any]:
+        async def answer(message: Any, context: Context) -> Message | None:
+            started = time.perf_counter()
+            try:
+                response = await call(message, context)
+            except errors.KvdError as error:
+                failure = error
+            except Exception:
+                log.exception("%s failed", method)
+                failure = errors.KvdError("the daemon has made a mistake; its log says more")
+            else:
+                self._metrics.answered(method, "OK", time.perf_counter() - started)
+                return response
+            self._metrics.answered(method, failure.code.name, time.perf_counter() - started)
+            await _abort(context, failure)
+            return None
+
+        return grpc.unary_unary_rpc_method_handler(
+            cast(Any, answer), request_deserializer=request.FromString, response_serializer=_serialize
+        )
+
+
+def _streams(call: Callable[..., Awaitable[None]], request: type[Message]) -> grpc.RpcMethodHandler[Any, Any]:
+    return grpc.stream_stream_rpc_method_handler(
+        cast(Any, call), request_deserializer=request.FromString, response_serializer=_serialize
+    )
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _token(metadata: Sequence[tuple[str, Any]]) -> bytes:
+    return next((value for key, value in metadata if key == _TOKEN_KEY), b"")
+
+
+def _negotiate(hello: pb.Hello) -> int:
+    protocol = min(hello.protocol_max, PROTOCOL_MAX)
+    if protocol < max(hello.protocol_min, PROTOCOL_MIN):
+        raise errors.ProtocolMismatch(
+            f"the client speaks protocols {hello.protocol_min} to {hello.protocol_max}, "
+            f"this daemon ({VERSION}) {PROTOCOL_MIN} to {PROTOCOL_MAX}"
+        )
+    return protocol
+
+
+async def _abort(context: Context, error: errors.KvdError) -> None:
+    status = rpc_status.to_status(errors.to_status(error))
+    with contextlib.suppress(asyncio.InvalidStateError):
+        await context.abort(status.code, status.details, status.trailing_metadata)

@@ -1,0 +1,72 @@
+"""What has to be done now and then: ends of leases and silences, the loop's lag, an audit when all is quiet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+from kvd.metrics import Metrics
+from kvd.session import Sessions
+from kvd.store import ChunkStore
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.5
+#: The books are audited when no session has asked anything for this long ...
+QUIET_S = 3.0
+#: ... and not more often than this, nor for more than one part in a hundred of the time.
+AUDIT_EVERY_S = 60.0
+_AUDIT_SHARE = 100
+
+
+class Upkeep:
+    """Runs beside the requests, on the event loop. ``last_request`` tells when a session last asked something."""
+
+    def __init__(
+        self, store: ChunkStore, sessions: Sessions, metrics: Metrics, last_request: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._metrics = metrics
+        self._last_request = last_request
+        self._next_audit = time.monotonic() + AUDIT_EVERY_S
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Ends."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            due = time.monotonic() + TICK_S
+            await asyncio.sleep(TICK_S)
+            self._metrics.loop_lag(time.monotonic() - due)
+            try:
+                self.tick(time.monotonic())
+            except Exception:
+                log.exception("upkeep failed; it goes on")
+
+    def tick(self, now: float) -> None:
+        """One round."""
+        self._store.tick()
+        self._sessions.tick()
+        if now >= self._next_audit and now - self._last_request() >= QUIET_S:
+            self._audit(now)
+
+    def _audit(self, now: float) -> None:
+        findings = self._store.audit()
+        self._metrics.audited(len(findings))
+        for finding in findings:
+            log.error("the books do not agree: %s", finding)
+        took_s = time.monotonic() - now
+        self._next_audit = now + max(AUDIT_EVERY_S, took_s * _AUDIT_SHARE)

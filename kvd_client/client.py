@@ -1,0 +1,288 @@
+"""The client: lookup, load, reserve, store. Synchronous, thread-safe, every call with a deadline.
+
+with Client() as client:
+    namespace = client.namespace(Identity(model="m", weights_revision="1"), chunk_bytes=1 << 20)
+    client.store(namespace, [(key, ROOT)], [data])
+    count = client.load(namespace, [key], [buffer])
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
+
+from kvd.wire.chunks import CommitStatus, ReserveStatus
+from kvd.wire.endpoints import Endpoint, TcpEndpoint, UnixEndpoint, find_socket, parse_endpoint
+from kvd.wire.errors import Draining, InvalidRequest, LimitReached, SessionUnknown, Unavailable
+from kvd.wire.identity import Identity
+from kvd.wire.pb import kvd_pb2 as pb
+from kvd.wire.spans import whole
+from kvd_client.keeper import SessionKeeper
+from kvd_client.leases import ReadLease, WriteLease
+from kvd_client.messages import Found, NamespaceHandle, SessionInfo
+from kvd_client.path import Attachment, DataPath, Piece
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+#: ``store`` reserves, writes and commits this much at a time: early chunks are visible early, and a long store does not
+#: need all its room at once.
+STORE_ROUND_BYTES = 256 << 20
+
+#: What makes a load a shorter prefix and a store a FAILED: the daemon cannot serve now. Everything else is a mistake.
+_NOT_NOW = (Unavailable, SessionUnknown, Draining, LimitReached)
+
+
+class StoreOutcome(Enum):
+    """What became of one chunk of a ``store``."""
+
+    STORED = "stored"  # a lookup finds it
+    WAITING = "waiting"  # complete; visible as soon as its parent, which somebody else is writing
+    PRESENT = "present"  # was stored already
+    BUSY = "busy"  # somebody else is writing it
+    NO_ROOM = "no room"
+    NO_PARENT = "no parent"
+    FAILED = "failed"  # did not arrive, or the daemon is not there
+
+
+_REFUSED = {
+    ReserveStatus.PRESENT: StoreOutcome.PRESENT,
+    ReserveStatus.BUSY: StoreOutcome.BUSY,
+    ReserveStatus.NO_ROOM: StoreOutcome.NO_ROOM,
+    ReserveStatus.NO_PARENT: StoreOutcome.NO_PARENT,
+}
+_COMMITTED = {CommitStatus.STORED: StoreOutcome.STORED, CommitStatus.WAITING_PARENT: StoreOutcome.WAITING}
+
+
+class Client:
+    """A connection to one daemon that keeps itself up.
+
+    Making a client never fails and never waits for lack of a daemon: a thread connects, and connects again. While there
+    is no session, or the breaker is open because the daemon did not answer, calls raise Unavailable at once.
+
+    ``endpoint``: ``unix:PATH`` or ``tcp://HOST:PORT``; None looks for the socket of this node (``find_socket``).
+    ``name``: shown on status pages. ``timeout_s``: deadline of calls that are given none.
+    ``transport``: "auto" is shared memory over a Unix socket, else TCP; "tcp" over a Unix socket uses the data plane on
+    127.0.0.1. ``data_connections``: most TCP data connections of one path. ValueError for what cannot be.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        name: str = "",
+        timeout_s: float = 2.0,
+        transport: Literal["auto", "shm", "tcp"] = "auto",
+        data_connections: int = 4,
+    ) -> None:
+        where: Endpoint = UnixEndpoint(find_socket()) if endpoint is None else parse_endpoint(endpoint)
+        if transport == "shm" and isinstance(where, TcpEndpoint):
+            raise ValueError(f"shared memory needs a Unix socket, and {where} is none")
+        if transport not in ("auto", "shm", "tcp"):
+            raise ValueError(f"transport is 'auto', 'shm' or 'tcp', not {transport!r}")
+        if not 1 <= data_connections <= 32:
+            raise ValueError(f"data_connections is 1 to 32, not {data_connections}")
+        self.endpoint = where
+        self.timeout_s = timeout_s
+        shared = isinstance(where, UnixEndpoint) and transport != "tcp"
+        self._lease_ids = itertools.count(1)
+        self._keeper = SessionKeeper(where, name, "shm" if shared else "tcp", data_connections)
+        self._keeper.start()
+
+    # -- the connection
+
+    def connect(self, timeout_s: float | None = None) -> SessionInfo:
+        """Waits for a session. Raises what stands in the way: Unavailable, Unauthenticated, ProtocolMismatch, ..."""
+        return self._keeper.connect(self._deadline(timeout_s)).info
+
+    @property
+    def connected(self) -> bool:
+        """Whether a call made now would be tried: there is a session, and the breaker is closed."""
+        return self._keeper.connected
+
+    @property
+    def info(self) -> SessionInfo | None:
+        """What the daemon has said of itself and of this session; None without a session."""
+        session = self._keeper.session
+        return None if session is None else session.info
+
+    @property
+    def epoch(self) -> int:
+        """Rises with every new session. Leases, paths and attachments of another epoch are void."""
+        return self._keeper.epoch
+
+    @property
+    def last_error(self) -> str:
+        """Why there is no session, or why the breaker opened last; empty when nothing ever went wrong."""
+        return self._keeper.last_error
+
+    def path(self, timeout_s: float | None = None) -> DataPath:
+        """This process's data path of the current session. Raises Unavailable."""
+        deadline = self._deadline(timeout_s)
+        return self._keeper.require().path(deadline)
+
+    def attachment(self) -> Attachment:
+        """What another process of this engine needs for ``open_path``. Raises Unavailable."""
+        return self._keeper.require().attachment()
+
+    def close(self) -> None:
+        """Ends the session. Leases end with it; calls under way fail. May be called twice."""
+        self._keeper.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the calls
+
+    def namespace(self, identity: Identity, chunk_bytes: int) -> NamespaceHandle:
+        """Names a namespace; asks nothing of the daemon. It is opened in each session when it is first used."""
+        return NamespaceHandle(identity, chunk_bytes)
+
+    def lookup(
+        self, namespace: NamespaceHandle, keys: Sequence[bytes], *, skip: int = 0, timeout_s: float | None = None
+    ) -> ReadLease:
+        """Leases the longest stored prefix of ``keys`` for reading, without its first ``skip`` chunks.
+
+        Keys beyond the daemon's bound are not asked for: the answer is the longest prefix up to there. Raises
+        Unavailable (at once when the breaker is open), DeadlineExceeded, InvalidRequest, LimitReached.
+        """
+        deadline = self._deadline(timeout_s)
+        session = self._keeper.require()
+        keys = keys[: session.max_chunks]
+        if skip >= len(keys):
+            return ReadLease(session, self.timeout_s, 0, Found([], 0, 0))
+        namespace_id = session.namespace_id(namespace, deadline)
+        lease_id = next(self._lease_ids)
+        found = session.lookup(namespace_id, lease_id, keys, skip, deadline)
+        return ReadLease(session, self.timeout_s, lease_id, found)
+
+    def reserve(
+        self,
+        namespace: NamespaceHandle,
+        items: Sequence[tuple[bytes, bytes]],
+        *,
+        timeout_s: float | None = None,
+    ) -> WriteLease:
+        """Asks for slots for ``items`` (key, parent key or ROOT), parents before their children.
+
+        At most ``info.max_chunks`` items: InvalidRequest. Raises otherwise as ``lookup`` does, and Draining.
+        """
+        deadline = self._deadline(timeout_s)
+        session = self._keeper.require()
+        if len(items) > session.max_chunks:
+            raise InvalidRequest(f"{len(items)} items; the daemon takes {session.max_chunks} in one request")
+        namespace_id = session.namespace_id(namespace, deadline)
+        lease_id = next(self._lease_ids)
+        results = session.reserve(namespace_id, lease_id, items, deadline) if items else []
+        return WriteLease(session, self.timeout_s, namespace_id, lease_id, [key for key, _ in items], results)
+
+    def load(
+        self,
+        namespace: NamespaceHandle,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        *,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Fills ``buffers`` (chunk_bytes each, writable) with the longest stored prefix of ``keys``.
+
+        Returns how many chunks arrived intact, counted from the first; buffers beyond hold anything. A daemon that is
+        missing, slow or restarting makes the prefix shorter, down to 0.
+        """
+        _same_length(keys, buffers)
+        deadline = self._deadline(timeout_s)
+        try:
+            with self.lookup(namespace, keys, timeout_s=_remaining(deadline)) as lease:
+                span = whole(namespace.chunk_bytes)
+                pieces = [Piece(at, span, buffer) for at, buffer in zip(lease.locations, buffers, strict=False)]
+                intact = lease.session.path(deadline).read(lease.lease_id, pieces, deadline) if pieces else []
+        except _NOT_NOW:
+            return 0
+        return next((i for i, good in enumerate(intact) if not good), len(intact))
+
+    def store(
+        self,
+        namespace: NamespaceHandle,
+        items: Sequence[tuple[bytes, bytes]],
+        buffers: Sequence[Buffer],
+        *,
+        timeout_s: float | None = None,
+    ) -> list[StoreOutcome]:
+        """Stores chunks: ``items`` (key, parent key or ROOT), parents first, with their bytes (chunk_bytes each).
+
+        One outcome per item. A daemon that is missing, slow or restarting makes outcomes FAILED.
+        """
+        _same_length(items, buffers)
+        deadline = self._deadline(timeout_s)
+        outcomes: list[StoreOutcome] = []
+        try:
+            for part in self._rounds(namespace, len(items)):
+                outcomes += self._store_round(namespace, items[part], buffers[part], deadline)
+        except _NOT_NOW:
+            outcomes += [StoreOutcome.FAILED] * (len(items) - len(outcomes))
+        return outcomes
+
+    def renew(self, leases: Sequence[ReadLease], *, timeout_s: float | None = None) -> list[bool]:
+        """Extends read leases in one call; False where a lease has ended. Raises as ``lookup`` does."""
+        session = self._keeper.require()
+        mine = [lease.lease_id for lease in leases if lease.session is session]
+        alive = iter(session.renew(mine, self._deadline(timeout_s)))
+        return [lease.session is session and next(alive) for lease in leases]
+
+    def stats(self, timeout_s: float | None = None) -> pb.StatsResponse:
+        """The state of the daemon. Raises as ``lookup`` does."""
+        deadline = self._deadline(timeout_s)
+        return self._keeper.require().stats(deadline)
+
+    # -- inside
+
+    def _store_round(
+        self,
+        namespace: NamespaceHandle,
+        items: Sequence[tuple[bytes, bytes]],
+        buffers: Sequence[Buffer],
+        deadline: float,
+    ) -> list[StoreOutcome]:
+        with self.reserve(namespace, items, timeout_s=_remaining(deadline)) as lease:
+            outcomes = [_REFUSED.get(result.status, StoreOutcome.FAILED) for result in lease.results]
+            granted = [(i, result.location) for i, result in enumerate(lease.results) if result.location is not None]
+            if not granted:
+                return outcomes
+            span = whole(namespace.chunk_bytes)
+            pieces = [Piece(location, span, buffers[i]) for i, location in granted]
+            written = lease.session.path(deadline).write(lease.lease_id, pieces, deadline)
+            # What did not arrive goes first, so that nothing is committed under a parent that is about to vanish.
+            lost = [items[i][0] for (i, _), good in zip(granted, written, strict=True) if not good]
+            if lost:
+                lease.abort(lost, timeout_s=_remaining(deadline))
+            there = [i for (i, _), good in zip(granted, written, strict=True) if good]
+            if there:
+                statuses = lease.commit([items[i][0] for i in there], timeout_s=_remaining(deadline))
+                for i, status in zip(there, statuses, strict=True):
+                    outcomes[i] = _COMMITTED.get(status, StoreOutcome.FAILED)
+            return outcomes
+
+    def _rounds(self, namespace: NamespaceHandle, count: int) -> Iterator[slice]:
+        size = max(1, min(STORE_ROUND_BYTES // namespace.chunk_bytes, self._keeper.require().max_chunks))
+        return (slice(first, first + size) for first in range(0, count, size))
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        return time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+
+
+def _remaining(deadline: float) -> float:
+    return deadline - time.monotonic()
+
+
+def _same_length(items: Sequence[object], buffers: Sequence[object]) -> None:
+    if len(items) != len(buffers):
+        raise ValueError(f"{len(items)} chunks and {len(buffers)} buffers")

@@ -1,0 +1,147 @@
+"""The client's end of the lifeline: the handshake that brings the pool's descriptors. See ``kvd/wire/lifeline.py``."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import NamedTuple
+
+from kvd.wire import lifeline as wire
+from kvd.wire.errors import (
+    DeadlineExceeded,
+    KvdError,
+    LimitReached,
+    PermissionDenied,
+    ProtocolMismatch,
+    SessionUnknown,
+    Unauthenticated,
+    Unavailable,
+)
+from kvd.wire.frames import TOKEN_BYTES
+
+_REFUSALS: dict[int, type[KvdError]] = {
+    wire.Status.BAD_VERSION: ProtocolMismatch,
+    wire.Status.REFUSED_USER: Unauthenticated,
+    wire.Status.UNKNOWN_SESSION: SessionUnknown,
+    wire.Status.TOO_MANY: LimitReached,
+}
+
+
+class Descriptors(NamedTuple):
+    """One segment as it came: what it is, its bytes, its generation table (read-only)."""
+
+    info: wire.SegmentInfo
+    data_fd: int
+    table_fd: int
+
+
+class Lifeline:
+    """An open lifeline. While its socket is open the daemon takes this process for a possible writer.
+
+    Made by ``open`` (a new session: ``ticket`` goes into Hello) or ``attach`` (joins a session). Both raise
+    Unavailable, DeadlineExceeded, Unauthenticated, PermissionDenied, SessionUnknown, LimitReached or ProtocolMismatch.
+    """
+
+    def __init__(self, connection: socket.socket, daemon_id: int, ticket: bytes, segments: list[Descriptors]) -> None:
+        self.socket = connection
+        self.daemon_id = daemon_id
+        self.ticket = ticket
+        self.segments = segments
+
+    @classmethod
+    def open(cls, path: str, timeout_s: float) -> Lifeline:
+        """A lifeline for a session that is yet to be opened. ``path``: of the lifeline socket."""
+        return cls._connect(path, wire.Kind.OPEN, bytes(TOKEN_BYTES), timeout_s)
+
+    @classmethod
+    def attach(cls, path: str, token: bytes, timeout_s: float) -> Lifeline:
+        """A further lifeline of the session with this token."""
+        return cls._connect(path, wire.Kind.ATTACH, token, timeout_s)
+
+    def drop_descriptors(self) -> None:
+        """Closes the received descriptors; mappings made of them stay."""
+        while self.segments:
+            _, data_fd, table_fd = self.segments.pop()
+            os.close(data_fd)
+            os.close(table_fd)
+
+    def ended(self) -> bool:
+        """Whether the daemon has gone."""
+        return ended(self.socket)
+
+    def close(self) -> None:
+        """Tells the daemon that this process writes nothing any more. Only when that is so."""
+        self.drop_descriptors()
+        self.socket.close()
+
+    @classmethod
+    def _connect(cls, path: str, kind: wire.Kind, token: bytes, timeout_s: float) -> Lifeline:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            if timeout_s <= 0:
+                raise TimeoutError("the deadline has passed")
+            connection.settimeout(timeout_s)
+            connection.connect(path)
+            connection.send(wire.HELLO.pack(wire.MAGIC, wire.VERSION, kind, token))
+            message, descriptors, flags, _ = socket.recv_fds(
+                connection, wire.MAX_MESSAGE_BYTES, 2 * wire.MAX_SEGMENTS, socket.MSG_CMSG_CLOEXEC
+            )
+            try:
+                lifeline = _welcomed(cls, connection, message, descriptors, bool(flags & socket.MSG_CTRUNC))
+            except BaseException:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                raise
+            connection.settimeout(None)
+            return lifeline
+        except TimeoutError as error:
+            connection.close()
+            raise DeadlineExceeded(f"{path}: {error}") from None
+        except PermissionError:
+            connection.close()
+            raise PermissionDenied(f"{path}: this user may not connect to the daemon's socket") from None
+        except OSError as error:
+            connection.close()
+            raise Unavailable(f"{path}: {error.strerror or error}") from None
+        except BaseException:
+            connection.close()
+            raise
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether the other end of a lifeline is closed. Nothing is ever sent on it after the handshake."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _welcomed(
+    cls: type[Lifeline], connection: socket.socket, message: bytes, descriptors: list[int], truncated: bool
+) -> Lifeline:
+    if not message:
+        raise Unavailable("the daemon closed the lifeline without an answer")
+    if len(message) < wire.WELCOME.size:
+        raise ProtocolMismatch("the lifeline's answer is too short")
+    magic, version, status, daemon_id, ticket, count = wire.WELCOME.unpack_from(message)
+    if magic != wire.MAGIC:
+        raise ProtocolMismatch("this is not the lifeline of a kvd daemon")
+    if status != wire.Status.OK:
+        raise _REFUSALS.get(status, Unavailable)(f"the daemon refuses the lifeline (status {status})")
+    if version != wire.VERSION:
+        raise ProtocolMismatch(f"the lifeline speaks version {version}, this client {wire.VERSION}")
+    if len(message) < wire.WELCOME.size + count * wire.SEGMENT.size:
+        raise ProtocolMismatch("the lifeline's answer names more segments than it describes")
+    if truncated or len(descriptors) != 2 * count:
+        raise Unavailable(f"{len(descriptors)} descriptors arrived for {count} segments: too many open files?")
+    segments = [
+        Descriptors(
+            wire.SegmentInfo(*wire.SEGMENT.unpack_from(message, wire.WELCOME.size + i * wire.SEGMENT.size)),
+            descriptors[2 * i],
+            descriptors[2 * i + 1],
+        )
+        for i in range(count)
+    ]
+    return cls(connection, daemon_id, ticket, segments)

@@ -82,7 +82,7 @@ class HttpServer:
                 page, head_only = Page(error.error_status_hint, f"{error}\n".encode()), False
             _send(connection, writer, page, head_only)
             await asyncio.wait_for(writer.drain(), WRITE_TIMEOUT_S)
-            if connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:
+            if page.status == 500 or connection.our_state is not h11.DONE or connection.their_state is not h11.DONE:
                 return
             connection.start_next_cycle()
 
@@ -94,7 +94,11 @@ class HttpServer:
         if request.method not in (b"GET", b"HEAD"):
             return Page(405, b"GET or HEAD\n")
         accept = b",".join(value for name, value in request.headers if name == b"accept")
-        return handler(accept.decode("ascii", "replace"))
+        try:
+            return handler(accept.decode("ascii", "replace"))
+        except Exception:
+            log.exception("the page %s failed", path)
+            return Page(500, b"this page has failed; the daemon's log says more\n")
 
 
 async def _receive(connection: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:

@@ -9,10 +9,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
 from kvd import convert
@@ -26,6 +26,8 @@ from kvd.wire.pb import kvd_pb2 as pb
 from kvd.wire.version import PROTOCOL_MAX, PROTOCOL_MIN, VERSION
 
 log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
 
 SERVICES = ("kvd.v1.Kvd", "kvd.v1.Admin")
 #: A stream that has not said Hello by then is closed.
@@ -67,7 +69,7 @@ class ControlService:
     def handlers(self) -> list[grpc.GenericRpcHandler[Any, Any]]:
         """What to add to the server."""
         kvd = {
-            "Session": _streams(self._session, pb.ClientNote),
+            "Session": grpc.stream_stream_rpc_method_handler(cast(Any, self._session), response_serializer=_serialize),
             "OpenNamespace": self._unary("OpenNamespace", pb.OpenNamespaceRequest, self._in_session(self._open)),
             "Lookup": self._unary("Lookup", pb.LookupRequest, self._in_session(self._lookup)),
             "Reserve": self._unary("Reserve", pb.ReserveRequest, self._in_session(self._reserve)),
@@ -184,12 +186,13 @@ class ControlService:
 
     async def _receive_hello(self, context: Context) -> pb.Hello:
         try:
-            note = await asyncio.wait_for(context.read(), HELLO_TIMEOUT_S)
+            raw = await asyncio.wait_for(context.read(), HELLO_TIMEOUT_S)
         except TimeoutError:
             raise errors.InvalidRequest("Hello did not come in time") from None
-        if note is _EOF or note.WhichOneof("note") != "hello":
+        note = pb.ClientNote() if raw is _EOF else _parse(pb.ClientNote, raw)
+        if note.WhichOneof("note") != "hello":
             raise errors.InvalidRequest("a session begins with Hello")
-        return cast(pb.Hello, note.hello)
+        return note.hello
 
     async def _open_session(self, hello: pb.Hello, context: Context) -> Session:
         client = convert.client_label(hello)
@@ -213,9 +216,11 @@ class ControlService:
     async def _listen(self, context: Context, session: Session) -> None:
         """Hears heartbeats until the client ends its side; then the stream ends."""
         try:
-            while (note := await context.read()) is not _EOF:
-                if note.WhichOneof("note") == "heartbeat":
+            while (raw := await context.read()) is not _EOF:
+                if _parse(pb.ClientNote, raw).WhichOneof("note") == "heartbeat":
                     self._sessions.heard(session)
+        except errors.InvalidRequest as error:
+            log.warning("session %d: %s", session.id, error)
         finally:
             session.send(None)
 
@@ -249,10 +254,10 @@ class ControlService:
         return checked
 
     def _unary(self, method: str, request: type[Message], call: Call) -> grpc.RpcMethodHandler[Any, Any]:
-        async def answer(message: Any, context: Context) -> Message | None:
+        async def answer(raw: bytes, context: Context) -> Message | None:
             started = time.perf_counter()
             try:
-                response = await call(message, context)
+                response = await call(_parse(request, raw), context)
             except errors.KvdError as error:
                 failure = error
             except Exception:
@@ -265,15 +270,15 @@ class ControlService:
             await _abort(context, failure)
             return None
 
-        return grpc.unary_unary_rpc_method_handler(
-            cast(Any, answer), request_deserializer=request.FromString, response_serializer=_serialize
-        )
+        return grpc.unary_unary_rpc_method_handler(cast(Any, answer), response_serializer=_serialize)
 
 
-def _streams(call: Callable[..., Awaitable[None]], request: type[Message]) -> grpc.RpcMethodHandler[Any, Any]:
-    return grpc.stream_stream_rpc_method_handler(
-        cast(Any, call), request_deserializer=request.FromString, response_serializer=_serialize
-    )
+def _parse(message: type[M], raw: bytes) -> M:
+    """Requests arrive as bytes, so that what is no message is refused like any other bad request."""
+    try:
+        return message.FromString(raw)
+    except DecodeError as error:
+        raise errors.InvalidRequest(f"not a {message.DESCRIPTOR.name}: {error}") from error
 
 
 def _serialize(message: Message) -> bytes:

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from kvd.wire.chunks import Stripe
 from kvd.wire.spans import Span
-from kvd_client.layout import ChunkLayout, LayoutError, Shard, Stripe
+from kvd_client.layout import ChunkLayout, LayoutError, Shard
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,8 @@ class Pending(Protocol):
         ``deadline`` is in ``time.monotonic`` seconds. After either answer nothing touches the targets any more, so a
         slot may be committed or aborted; a copy already handed to the hardware is waited for first. The answer stays
         the same when asked again. Call it for every store, from a transfer thread: it also returns the staging room.
+        Raises RuntimeError only when the device cannot even say whether it still writes; then the targets stay mapped
+        and must never be given to anybody else.
         """
         ...
 
@@ -96,11 +99,12 @@ class Copier(Protocol):
 
     def register(self, memory: memoryview) -> None:
         """Tells of shared memory that targets and sources will lie in, so that the device can copy without a bounce.
-        Returns at once; copies work before, during and without it. CPU: nothing to do."""
+        Returns at once; copies work before, during and without it. The memory is kept mapped until ``unregister``.
+        CPU: nothing to do."""
         ...
 
     def unregister(self, memory: memoryview) -> None:
-        """Undoes ``register``. To be called before the memory is unmapped, with no copy in it under way."""
+        """Undoes ``register``. No copy in the memory may be under way."""
         ...
 
     def close(self) -> None:
@@ -117,8 +121,9 @@ def make_copier(
 ) -> Copier:
     """The copier for this rank's caches.
 
-    ``kv_caches`` maps layer names to views ``[blocks, heads, tokens, C]`` (5 axes: sub-blocks after blocks, as in layout),
-    in layer order: entry i is layer ``shard.layer_begin + i``. Raises LayoutError when they do not fit ``layout``.
+    ``kv_caches`` maps layer names to views ``[blocks, heads, tokens, C]``, or of five axes with ``sub_blocks`` after
+    blocks, in layer order: entry i is layer ``shard.layer_begin + i``. Raises LayoutError when they do not fit the
+    layout.
     """
     devices = {tensor.device.type for tensor in kv_caches.values()}
     if devices == {"cpu"}:

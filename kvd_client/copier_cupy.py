@@ -7,6 +7,7 @@ Load: piece by piece, host memory to staging to pages, on another stream, two pi
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -16,14 +17,17 @@ from typing import NamedTuple
 
 import torch
 
+from kvd.wire.chunks import Stripe
 from kvd_client import kernels
 from kvd_client.copier import MAX_INFLIGHT_BYTES, Form, Mark, Pending
 from kvd_client.cuda import CupyDevice, Device, Event, Stream
 from kvd_client.dma import HostDma, Side
-from kvd_client.layout import ChunkLayout, Piece, Shard, Stripe, consecutive, pieces
+from kvd_client.layout import ChunkLayout, Piece, Shard, consecutive, is_empty, pieces
 from kvd_client.memory import RankPages, address_of
 from kvd_client.pinning import Pinning
 from kvd_client.staging import Ring
+
+log = logging.getLogger(__name__)
 
 #: Bytes handed to a copy engine at once: small enough that the engine's own small copies do not queue for long.
 PIECE_BYTES = 8 << 20
@@ -76,6 +80,8 @@ class CupyCopier(RankPages):
         self._left_lock = threading.Lock()
         #: Stores whose waiters left before the gather was done: their slots are free when it is.
         self._left: list[tuple[int, Event]] = []
+        #: Stores of which the device could not say that they are over: their memory stays mapped.
+        self._lost: list[_Store] = []
         # Engines register their caches in inference mode; tensors made in it could not be written by transfer threads.
         with self._device.current(), torch.inference_mode(False):
             self._store_side, self._load_side = self._side(self.stripe), self._side(self.load_stripe)
@@ -96,7 +102,7 @@ class CupyCopier(RankPages):
     def start_store(self, chunks: Sequence[Sequence[int]], targets: Sequence[memoryview], form: Form) -> Pending | None:
         """One launch in the engine's stream; see ``Copier``."""
         self.check_store(chunks, targets, form)
-        if not chunks or self.stripe.empty:
+        if not chunks or is_empty(self.stripe):
             return _Nothing()
         self._reclaim()
         first = self._ring.take(len(chunks))
@@ -147,7 +153,7 @@ class CupyCopier(RankPages):
 
     def register(self, memory: memoryview) -> None:
         """Registers in the background; see ``Copier``."""
-        self._pinning.add(address_of(memory), memory.nbytes)
+        self._pinning.add(memory)
 
     def unregister(self, memory: memoryview) -> None:
         """Waits for the piece being registered, then undoes all."""
@@ -163,7 +169,7 @@ class CupyCopier(RankPages):
         self._staging = torch.empty(0)
 
     def _side(self, stripe: Stripe) -> Side:
-        pages = self.geometries[self.local_layers(stripe)] if not stripe.empty else []
+        pages = self.geometries[self.local_layers(stripe)] if not is_empty(stripe) else []
         packed = self.layout.packed_offsets(stripe)
         rows = [word for row in kernels.layer_rows(pages, packed) for word in row]
         table = self._device.words(max(1, len(rows)))
@@ -224,14 +230,19 @@ class CupyCopier(RankPages):
             with self._left_lock:
                 self._left.append((store.first, store.gathered))
             return False
-        try:
-            with self._device.current():
-                try:
-                    arrived = self._store_pieces(store, deadline)
-                finally:
-                    self._store_stream.synchronize()
-        finally:
-            self._ring.give(store.first)
+        arrived = False
+        with self._device.current():
+            try:
+                arrived = self._store_pieces(store, deadline)
+            except RuntimeError as error:
+                log.warning("a store to host memory failed: %s", error)
+            try:
+                self._store_stream.synchronize()
+            except RuntimeError:
+                # Nobody can say whether the device still writes: the memory must not go back to anyone.
+                self._lost.append(store)
+                raise
+        self._ring.give(store.first)
         return arrived
 
     def _store_pieces(self, store: _Store, deadline: float) -> bool:
@@ -270,7 +281,7 @@ class _Store:
     """A store whose gather was launched."""
 
     def __init__(self, copier: CupyCopier, first: int, targets: list[memoryview], form: Form, gathered: Event) -> None:
-        """Holds the ring slots from ``first`` on."""
+        """Holds the ring slots from ``first`` on, and the targets: as long as they may be written they stay mapped."""
         self.first, self.targets, self.form, self.gathered = first, targets, form, gathered
         self._copier = copier
         self._lock = threading.Lock()
@@ -280,8 +291,8 @@ class _Store:
         """Waits for the gather, then copies to the targets; see ``Pending``."""
         with self._lock:
             if self._answer is None:
-                self._answer = False
                 self._answer = self._copier._finish(self, deadline)
+                self.targets = []
             return self._answer
 
 

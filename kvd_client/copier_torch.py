@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 import torch
 
+from kvd.wire.chunks import Stripe
 from kvd_client.copier import Form, Mark, Pending
 from kvd_client.layout import (
     ChunkLayout,
     PageGeometry,
     Place,
     Shard,
-    Stripe,
     consecutive,
+    is_empty,
     packed_places,
     slot_places,
 )
@@ -121,7 +122,7 @@ class TorchCopier(RankPages):
 
     def _stacks(self, stripe: Stripe) -> list[_Stack]:
         """The layers of ``stripe`` in as few stacks as their memory allows."""
-        if stripe.empty:
+        if is_empty(stripe):
             return []
         slot, packed = slot_places(self.layout, stripe), packed_places(self.layout, stripe)
         layers = self.local_layers(stripe)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from kvd_client.kernels import OPTIONS, SOURCE, THREADS, kernel_names
@@ -157,7 +158,7 @@ class CupyDevice:
     def launch(self, kernel: str, blocks: int, args: Sequence[int], stream: Any) -> None:
         """See ``Device``."""
         with stream:
-            self._kernels[kernel]((blocks,), (THREADS,), tuple(args))
+            self._kernels[kernel]((blocks,), (THREADS,), tuple(np.int64(arg) for arg in args))
 
     def register(self, address: int, size_bytes: int) -> None:
         """See ``Device``. Portable: every device of the process may use the registration."""

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from kvd.wire.chunks import Stripe
 from kvd.wire.spans import Span
 from kvd_client.copier import Form
 from kvd_client.cuda import Device, Stream
-from kvd_client.layout import ChunkLayout, Piece, Stripe, cut
+from kvd_client.layout import ChunkLayout, Piece, cut
 from kvd_client.memory import address_of
 from kvd_client.pinning import Pinning
 

@@ -15,6 +15,7 @@ from itertools import accumulate, groupby
 from math import gcd
 from typing import NamedTuple
 
+from kvd.wire.chunks import Stripe
 from kvd.wire.spans import Span
 
 
@@ -22,18 +23,9 @@ class LayoutError(ValueError):
     """Shapes, strides or a sharding that this layout cannot describe. Such an engine is not cached."""
 
 
-class Stripe(NamedTuple):
-    """What one rank owns of a chunk: layers x heads, ends exclusive, counted over the whole model."""
-
-    layer_begin: int
-    layer_end: int
-    head_begin: int
-    head_end: int
-
-    @property
-    def empty(self) -> bool:
-        """Whether the rank has nothing to do (more replicas than layers)."""
-        return self.layer_begin >= self.layer_end or self.head_begin >= self.head_end
+def is_empty(stripe: Stripe) -> bool:
+    """Whether the stripe names no bytes: a rank with nothing to store, because there are more replicas than layers."""
+    return stripe.layer_begin >= stripe.layer_end or stripe.head_begin >= stripe.head_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +166,7 @@ class ChunkLayout:
     def spans(self, stripe: Stripe) -> list[Span]:
         """The bytes of ``stripe`` in a chunk, in order; one span per run of layers with equal pages, or one in all
         when every head belongs to the stripe."""
-        if stripe.empty:
+        if is_empty(stripe):
             return []
         begin, end = self.layer_offsets[stripe.layer_begin], self.layer_offsets[stripe.layer_end]
         heads = stripe.head_end - stripe.head_begin
@@ -298,22 +290,26 @@ def consecutive(blocks: Sequence[int]) -> list[Run]:
 
 def cut(span: Span, positions: Iterable[int]) -> list[Span]:
     """``span`` as spans of the same bytes in the same order, none of which crosses one of ``positions``."""
-    todo, done = span, []
-    for at in sorted(positions):
-        if at <= todo.offset or at >= todo.end:
-            continue
-        before, inside = divmod(at - todo.offset, todo.stride) if todo.count > 1 else (0, at - todo.offset)
-        if inside >= todo.run:  # between two runs
-            before, inside = before + 1, 0
-        if before:
-            done.append(Span(todo.offset, todo.run, todo.stride, before))
-            todo = Span(todo.offset + before * todo.stride, todo.run, todo.stride, todo.count - before)
-        if inside:
-            done.append(Span(todo.offset, inside, inside, 1))
-            tail = Span(at, todo.run - inside, todo.run - inside, 1)
-            if todo.count == 1:
-                todo = tail
-            else:
-                done.append(tail)
-                todo = Span(todo.offset + todo.stride, todo.run, todo.stride, todo.count - 1)
-    return [*done, todo]
+    parts = [span]
+    for at in positions:
+        parts = [half for part in parts for half in _split(part, at)]
+    return parts
+
+
+def _split(span: Span, at: int) -> list[Span]:
+    """The runs before ``at``, the two halves of the run it falls into, the runs after it; what there is of them."""
+    if not span.offset < at < span.end:
+        return [span]
+    offset, run, stride, count = span
+    before, inside = divmod(at - offset, stride) if count > 1 else (0, at - offset)
+    broken = 0 < inside < run
+    if inside and not broken:
+        before += 1  # between two runs
+    at_run, after = offset + before * stride, count - before - broken
+    parts = [
+        Span(offset, run, stride, before),
+        Span(at_run, inside, inside, int(broken)),
+        Span(at, run - inside, run - inside, int(broken)),
+        Span(at_run + broken * stride, run, stride, after),
+    ]
+    return [part for part in parts if part.count]

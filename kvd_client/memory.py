@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvd.wire.chunks import Stripe
 from kvd_client.copier import Form
-from kvd_client.layout import ChunkLayout, LayoutError, PageGeometry, Shard, Stripe
+from kvd_client.layout import ChunkLayout, LayoutError, PageGeometry, Shard
 
 if TYPE_CHECKING:
     import torch

@@ -11,6 +11,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kvd_client.memory import address_of
+
 log = logging.getLogger(__name__)
 
 #: Bytes registered in one driver call.
@@ -33,6 +35,7 @@ class Registrar(Protocol):
 class _Area:
     """One memory: what of it is registered, and the thread that registers the rest."""
 
+    memory: memoryview  # keeps the mapping alive: registered memory must not be unmapped
     begin: int
     end: int
     stop: threading.Event = field(default_factory=threading.Event)
@@ -50,9 +53,10 @@ class Pinning:
         self._lock = threading.Lock()
         self._areas: dict[int, _Area] = {}
 
-    def add(self, address: int, size_bytes: int) -> None:
+    def add(self, memory: memoryview) -> None:
         """Begins to register an area; returns at once. An area already known is left alone."""
-        area = _Area(address, address + size_bytes)
+        address = address_of(memory)
+        area = _Area(memory, address, address + memory.nbytes)
         with self._lock:
             if address in self._areas:
                 return

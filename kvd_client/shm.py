@@ -119,6 +119,10 @@ class ShmPath:
             self._gone = True
         return not self._gone
 
+    def memory(self) -> list[memoryview]:
+        """See ``DataPath``."""
+        return [segment.data for segment in self._segments.values()]
+
     def view(self, location: Location, length: int) -> memoryview | None:
         """See ``DataPath``."""
         segment = self._segments.get(location.segment)

@@ -108,6 +108,10 @@ class TcpPath:
         """See ``DataPath``."""
         return self._checksum_failures
 
+    def memory(self) -> list[memoryview]:
+        """See ``DataPath``."""
+        return []
+
     def view(self, location: Location, length: int) -> memoryview | None:
         """See ``DataPath``."""
         return None

@@ -18,7 +18,7 @@ SEGMENT = 0
 
 
 class SlabWindow(Protocol):
-    """Neighbouring slabs that would make room when emptied."""
+    """Slabs that would make room for one of another slot size when emptied."""
 
     @property
     def slabs(self) -> tuple[int, ...]:
@@ -26,7 +26,7 @@ class SlabWindow(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """What emptying them frees in one run."""
+        """The room that is made."""
 
 
 class Slots(Protocol):

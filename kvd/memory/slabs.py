@@ -1,9 +1,9 @@
 """Slots from slabs: which bytes of a segment are in use. Pure arithmetic; touches no memory.
 
 The segment is cut into equal regions. A slab is a run of neighbouring regions, cut into equal slots of one size;
-a slab with no slot in use gives its regions back at once. When no run of free regions is long enough for a new
-slab, ``windows`` names the neighbouring slabs whose emptying would make one: so no mix of sizes can fragment the
-pool for ever, provided that the owner of the slots is willing to empty them.
+a slab with no slot in use gives its regions back at once. A slab of k regions begins at a multiple of k regions; when no such place is free, ``windows``
+names the slabs whose emptying would free one. So no mix of sizes can fragment the pool for ever, provided that the
+owner of the slots is willing to empty them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def region_bytes_for(pool_bytes: int) -> int:
 
 
 class Window(NamedTuple):
-    """Neighbouring slabs (by the offset where each begins) which, emptied, free ``size_bytes`` in one run."""
+    """Slabs (by the offset where each begins) which, emptied, make room for a slab of ``size_bytes``."""
 
     slabs: tuple[int, ...]
     size_bytes: int
@@ -172,22 +172,12 @@ class SlabAllocator:
             index = slab.used.find(1, index + 1)
 
     def windows(self, slot_bytes: int) -> Iterator[Window]:
-        """Every shortest run of slabs of other sizes (and free regions between) that would hold a slab of this size."""
-        needed = self._shape(slot_bytes)[0]
-        start = held = 0  # of the run under the window, in units and in regions
-        units: list[tuple[_Slab | None, int]] = []
-        for slab, regions in self._units():
-            units.append((slab, regions))
-            if slab is not None and slab.slot_bytes == slot_bytes:
-                start, held = len(units), 0
-                continue
-            held += regions
-            while held >= needed:
-                slabs = tuple(unit.offset for unit, _ in units[start:] if unit is not None)
-                if slabs:
-                    yield Window(slabs, held * self.region_bytes)
-                held -= units[start][1]
-                start += 1
+        """Every place for a slab of this size that slabs of other sizes occupy, with the slabs to be emptied for it."""
+        regions = self._shape(slot_bytes)[0]
+        for first in range(0, len(self._regions) - regions + 1, regions):
+            inside = dict.fromkeys(slab for slab in self._regions[first : first + regions] if slab is not None)
+            if inside and all(slab.slot_bytes != slot_bytes for slab in inside):
+                yield Window(tuple(slab.offset for slab in inside), regions * self.region_bytes)
 
     def audit(self) -> list[str]:
         """What does not agree inside the allocator; empty = nothing."""
@@ -242,20 +232,16 @@ class SlabAllocator:
         return slab
 
     def _free_run(self, regions: int) -> int | None:
-        """First region of the shortest free run that is long enough, or None."""
-        if self._free_regions < regions:
-            return None
-        best: int | None = None
-        best_length = len(self._regions) + 1
-        run = 0
-        for index, slab in enumerate([*self._regions, self._END]):
-            if slab is None:
-                run += 1
-                continue
-            if regions <= run < best_length:
-                best, best_length = index - run, run
-            run = 0
-        return best
+        """The first place for a slab of so many regions that is free, or None.
+
+        Slabs begin at multiples of their length: so those of one size can never stand in each other's way with gaps
+        between them that are too short for one more.
+        """
+        if self._free_regions >= regions:
+            for first in range(0, len(self._regions) - regions + 1, regions):
+                if not any(self._regions[first : first + regions]):
+                    return first
+        return None
 
     def _units(self) -> Iterator[tuple[_Slab | None, int]]:
         """The segment from its begin: each slab with its regions, and each free region by itself."""
@@ -277,5 +263,3 @@ class SlabAllocator:
         if slab is None:
             raise ValueError(f"no slab around offset {offset}")
         return slab
-
-    _END = _Slab(0, 0, 1, 0)  # a mark after the last region

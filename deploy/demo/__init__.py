@@ -1,0 +1,1 @@
+"""The demo: replicas of one model share one daemon."""

@@ -1,0 +1,121 @@
+"""One replica of the demo: a real vLLM engine in a process of its own, asked over a socket in lines of JSON.
+
+Started by ``run.py``. Requests: ``{"op": "ask", "prompt": [...], "tokens": n, "forget": bool}`` and
+``{"op": "settle"}``. Ends when the other side closes the socket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import time
+from typing import Any
+
+# One process for the whole engine: it starts faster, and nothing is left behind when it ends.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+HITS = "vllm:external_prefix_cache_hits"
+SETTLE_S = 20.0
+
+
+class Replica:
+    """A vLLM engine with the kvd connector."""
+
+    def __init__(self, model: str, endpoint: str, max_tokens: int) -> None:
+        from vllm import LLM
+
+        self._llm = LLM(
+            model,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=max_tokens,
+            max_num_batched_tokens=max_tokens,
+            max_num_seqs=4,
+            block_size=32,
+            kv_cache_memory_bytes=512 << 20,
+            gpu_memory_utilization=0.2,  # two replicas may share one GPU
+            disable_log_stats=False,
+            kv_transfer_config={
+                "kv_connector": "KvdConnector",
+                "kv_connector_module_path": "kvd_client.adapters.vllm",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"endpoint": endpoint},
+            },
+        )
+        self._engine = self._llm.llm_engine
+        self._asked = 0
+
+    def ask(self, prompt: list[int], tokens: int, forget: bool) -> dict[str, Any]:
+        """Answers a prompt with exactly ``tokens`` tokens; ``forget`` empties the engine's own prefix cache first."""
+        from vllm import SamplingParams
+
+        if forget:
+            self._forget()
+        hits = self._external_hits()
+        self._asked += 1
+        settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        started = time.perf_counter()
+        first = 0.0
+        last = None
+        self._engine.add_request(f"ask-{self._asked}", {"prompt_token_ids": prompt}, settings)
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if not first and output.outputs[0].token_ids:
+                    first = time.perf_counter() - started
+                last = output
+        assert last is not None
+        return {
+            "ttft_s": first,
+            "prompt_tokens": len(prompt),
+            "cached_tokens": last.num_cached_tokens or 0,
+            "kvd_tokens": self._external_hits() - hits,
+            "tokens": list(last.outputs[0].token_ids),
+        }
+
+    def settle(self) -> dict[str, Any]:
+        """Lets the engine finish what it does behind the requests: its stores, and giving back its pages."""
+        self._forget()
+        return {}
+
+    def _forget(self) -> None:
+        deadline = time.monotonic() + SETTLE_S
+        while not self._llm.reset_prefix_cache():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the engine still holds pages after {SETTLE_S:g} s")
+            self._engine.step()
+            time.sleep(0.005)
+
+    def _external_hits(self) -> int:
+        return sum(int(m.value) for m in self._llm.get_metrics() if m.name == HITS)  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Starts the engine, says ready, then answers until the socket is closed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--max-tokens", type=int, required=True)
+    parser.add_argument("--fd", type=int, required=True)
+    args = parser.parse_args()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with socket.socket(fileno=args.fd) as line, line.makefile("rw") as talk:
+        replica = Replica(args.model, args.endpoint, args.max_tokens)
+        print(json.dumps({"ready": True}), file=talk, flush=True)
+        for request in talk:
+            message = json.loads(request)
+            answer = getattr(replica, message.pop("op"))(**message)
+            print(json.dumps(answer), file=talk, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The tests: unit, contract, crash, e2e, soak, arch."""

@@ -1,0 +1,348 @@
+"""A real vLLM engine in a process of its own, for tests, and the talk with it.
+
+    with Engine(model, endpoint=daemon.unix_endpoint) as engine:
+        first = engine.generate([prompt])
+        engine.reset()
+        again = engine.generate([prompt])
+
+The process reads one JSON request per line and answers each with one line. Its log is a file (``engine.log``).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.daemon import ROOT, clean_environment
+
+START_TIMEOUT_S = 300.0
+CALL_TIMEOUT_S = 120.0
+
+_alive: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _clean_up() -> None:
+    for engine in list(_alive):
+        engine.close()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one prompt."""
+
+    tokens: list[int]
+    logprobs: list[float]  # of the sampled tokens, and of the runners-up
+    cached: int  # prompt tokens that were not computed
+
+
+class Engine:
+    """One engine process. ``connector=None`` runs it without kvd; other ``options`` are vLLM's."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        endpoint: str | None = None,
+        connector: dict[str, Any] | None = None,
+        without: bool = False,
+        wait: bool = True,
+        **options: Any,
+    ) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="kvd-engine-", dir="/tmp"))
+        self._log = self.directory / "log"
+        extra = {**({"endpoint": endpoint} if endpoint else {}), **(connector or {})}
+        ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+        arguments: dict[str, Any] = {
+            "model": str(model),
+            "dtype": "bfloat16",
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": 32 << 20,
+            "max_model_len": 2048,
+            "max_num_seqs": 8,
+            "disable_log_stats": False,
+            **options,
+        }
+        if not without:
+            arguments["kv_transfer_config"] = {
+                "kv_connector": "KvdConnector",
+                "kv_connector_module_path": "kvd_client.adapters.vllm",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": extra,
+            }
+        environment = clean_environment(
+            VLLM_ENABLE_V1_MULTIPROCESSING="1" if ranks > 1 else "0",
+            OMP_NUM_THREADS="1",
+            HF_HUB_OFFLINE="1",
+            TRANSFORMERS_OFFLINE="1",
+            VLLM_NO_USAGE_STATS="1",
+            DO_NOT_TRACK="1",
+            TOKENIZERS_PARALLELISM="false",
+        )
+        if ranks > 1:
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(i % (os.cpu_count() or 1)) for i in range(ranks))
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.e2e.engine", json.dumps(arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        self._buffer = b""
+        _alive.add(self)
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Waits until the engine can be used."""
+        try:
+            assert self._answer(START_TIMEOUT_S) == "ready"
+        except BaseException:
+            self.close(keep_log=True)
+            raise
+
+    # -- what it does
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        *,
+        max_tokens: int = 8,
+        salt: str | None = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> list[Answer]:
+        """Greedy output for each prompt, with logprobs."""
+        self.start_generate(prompts, max_tokens=max_tokens, salt=salt)
+        return self.finish_generate(timeout_s)
+
+    def start_generate(self, prompts: list[list[int]], *, max_tokens: int = 8, salt: str | None = None) -> None:
+        """Begins what ``finish_generate`` waits for."""
+        self._ask(op="generate", prompts=prompts, max_tokens=max_tokens, salt=salt)
+
+    def finish_generate(self, timeout_s: float = CALL_TIMEOUT_S) -> list[Answer]:
+        """The answers to ``start_generate``."""
+        return [Answer(**answer) for answer in self._answer(timeout_s)]
+
+    def reset(self) -> None:
+        """Finishes stores, then forgets the engine's own prefix cache: only the connector can supply KV now."""
+        self.drain()
+        assert self._call(op="reset"), "the prefix cache could not be reset"
+
+    def drain(self) -> None:
+        """Steps until the engine owes nothing, and all that was copied has been committed."""
+        self._call(op="drain")
+
+    def metrics(self) -> dict[str, float]:
+        """The engine's counters and gauges."""
+        answer: dict[str, float] = self._call(op="metrics")
+        return answer
+
+    def slowest_hooks(self) -> dict[str, float]:
+        """Longest time that each hook of the connector has taken since the last call, seconds (one rank only)."""
+        answer: dict[str, float] = self._call(op="hooks")
+        return answer
+
+    @property
+    def log(self) -> str:
+        """What the engine has said."""
+        return self._log.read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    # -- its end
+
+    def kill(self) -> None:
+        """Ends the engine and its workers as a crash would."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(30)
+
+    def close(self, *, keep_log: bool = False) -> None:
+        """Leaves nothing behind."""
+        if self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                assert self._process.stdin is not None
+                self._process.stdin.close()
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                pass
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        if not keep_log:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        _alive.discard(self)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            print(f"--- log of engine {self.pid}\n{self.log[-6000:]}", file=sys.stderr)
+        self.close()
+
+    # -- inside
+
+    def _call(self, **request: Any) -> Any:
+        self._ask(**request)
+        return self._answer(CALL_TIMEOUT_S)
+
+    def _ask(self, **request: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def _answer(self, timeout_s: float) -> Any:
+        assert self._process.stdout is not None
+        pipe, deadline = self._process.stdout.fileno(), time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+            part = os.read(pipe, 1 << 20) if ready else b""
+            if not part:
+                what = "ended" if ready else f"did not answer within {timeout_s} s"
+                raise AssertionError(f"the engine {what}:\n{self.log[-6000:]}")
+            self._buffer += part
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        answer = json.loads(line)
+        assert "error" not in answer, f"{answer['error']}\n{self.log[-6000:]}"
+        return answer["result"]
+
+
+# ---------------------------------------------------------------- in the engine's process
+
+
+class _Server:
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(**arguments)
+        self.hooks: dict[str, float] = {}
+        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
+        self.scheduler = getattr(core, "scheduler", None)
+        if self.scheduler is not None and self.scheduler.connector is not None:
+            from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+            for connector in (self.scheduler.connector, get_kv_transfer_group()):
+                self._time(connector)
+
+    def _time(self, connector: Any) -> None:
+        for name in (
+            "get_num_new_matched_tokens",
+            "update_state_after_alloc",
+            "build_connector_meta",
+            "update_connector_output",
+            "request_finished_all_groups",
+            "bind_connector_metadata",
+            "start_load_kv",
+            "wait_for_save",
+            "get_finished",
+        ):
+            setattr(connector, name, self._timed(name, getattr(connector, name)))
+
+    def _timed(self, name: str, hook: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.monotonic()
+            try:
+                return hook(*args, **kwargs)
+            finally:
+                self.hooks[name] = max(self.hooks.get(name, 0.0), time.monotonic() - began)
+
+        return timed
+
+    def generate(self, prompts: list[list[int]], max_tokens: int, salt: str | None) -> list[dict[str, Any]]:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=3)
+        inputs = [{"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})} for ids in prompts]
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        return [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [entry.logprob for step in output.outputs[0].logprobs for _, entry in sorted(step.items())],
+                "cached": output.num_cached_tokens or 0,
+            }
+            for output in outputs
+        ]
+
+    def drain(self) -> None:
+        if self.scheduler is None:
+            return  # the engine's own process steps by itself
+        deadline = time.monotonic() + 60
+        while self.scheduler.has_requests() and time.monotonic() < deadline:
+            self.llm.llm_engine.engine_core.get_output()
+            time.sleep(0.001)
+        half = getattr(self.scheduler.connector, "_scheduler", None)
+        controller = getattr(half, "_controller", None)
+        if controller is not None:
+            import threading
+
+            idle = threading.Event()
+            controller._queue.put(idle.set)
+            idle.wait(30)
+
+    def metrics(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for metric in self.llm.get_metrics():
+            value = getattr(metric, "value", None)
+            if value is not None:
+                found[metric.name] = found.get(metric.name, 0.0) + value
+        return found
+
+    def answer(self, request: dict[str, Any]) -> Any:
+        op = request.pop("op")
+        if op == "generate":
+            return self.generate(**request)
+        if op == "reset":
+            deadline = time.monotonic() + 30  # blocks of requests that have just finished may still be on their way
+            while not (done := self.llm.reset_prefix_cache()) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            return done
+        if op == "drain":
+            return self.drain()
+        if op == "metrics":
+            return self.metrics()
+        if op == "hooks":
+            hooks, self.hooks = self.hooks, {}
+            return hooks
+        raise ValueError(f"unknown request {op!r}")
+
+
+def main() -> None:
+    """The engine's process."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # the engine and its libraries print
+    server = _Server(json.loads(sys.argv[1]))
+    answers.write(json.dumps({"result": "ready"}) + "\n")
+    for line in sys.stdin:
+        try:
+            answer = {"result": server.answer(json.loads(line))}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

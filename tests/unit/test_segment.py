@@ -1,0 +1,140 @@
+"""The pool's memory and its generation table."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvd.memory import backing
+from kvd.memory.segment import Segment
+from kvd.types import Location
+from kvd.wire import lifeline
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    segment = Segment(4 * MIB, daemon_id=77)
+    yield segment
+    segment.close()
+
+
+def read_table(segment: Segment) -> bytes:
+    return os.pread(segment.table_fd, segment.info.table_bytes, 0)
+
+
+def word(segment: Segment, offset: int) -> int:
+    at = lifeline.TABLE_HEADER_BYTES + offset // lifeline.GRANULE_BYTES * lifeline.WORD_BYTES
+    return int.from_bytes(read_table(segment)[at : at + lifeline.WORD_BYTES], "little")
+
+
+def test_the_table_says_what_it_belongs_to(segment: Segment) -> None:
+    header = lifeline.TABLE_HEADER.unpack_from(read_table(segment))
+    assert header == (lifeline.TABLE_MAGIC, 4096, 0, 4 * MIB // 4096, 77)
+    assert segment.info.table_bytes == 64 + 8 * (4 * MIB // 4096)
+
+
+def test_a_published_generation_is_seen_through_the_descriptor_until_it_is_retracted(segment: Segment) -> None:
+    slot = Location(0, 3 * 4096, (1 << 63) + 5)
+    last = Location(0, 4 * MIB - 4096, 9)
+    segment.publish(slot)
+    segment.publish(last)
+    assert word(segment, slot.offset) == slot.generation == segment.word(0, slot.offset)
+    assert word(segment, last.offset) == 9
+    assert word(segment, 0) == 0
+    segment.retract(slot)
+    assert word(segment, slot.offset) == 0
+    assert word(segment, last.offset) == 9
+
+
+def test_whoever_has_the_table_cannot_write_it(segment: Segment) -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pwrite(segment.table_fd, b"x", 0)
+    with pytest.raises(PermissionError):
+        mmap.mmap(segment.table_fd, 4096)
+    # Not even by opening it anew, whatever the user may otherwise do.
+    again = os.open(f"/proc/self/fd/{segment.table_fd}", os.O_RDWR)
+    try:
+        with pytest.raises(PermissionError):
+            os.pwrite(again, b"x", 0)
+        with pytest.raises(PermissionError):
+            mmap.mmap(again, 4096)
+    finally:
+        os.close(again)
+
+
+def test_whoever_has_the_data_can_write_it_but_not_cut_it_short(segment: Segment) -> None:
+    with mmap.mmap(segment.data_fd, segment.size) as other:
+        other[8192:8195] = b"kvd"
+        assert bytes(segment.data[8192:8195]) == b"kvd"
+        assert ctypes.string_at(segment.address + 8192, 3) == b"kvd"
+    with pytest.raises(PermissionError):
+        os.ftruncate(segment.data_fd, 4096)
+
+
+def test_memory_is_taken_when_it_is_populated_and_its_bytes_are_kept(segment: Segment) -> None:
+    assert segment.populated_bytes == 0
+    segment.data[0:3] = b"abc"
+    assert segment.populated_bytes == 4096
+    done: list[int] = []
+    segment.populate(done.append)
+    assert segment.populated_bytes == segment.size == done[-1]
+    assert bytes(segment.data[0:3]) == b"abc"
+
+
+def test_populating_ends_when_it_is_told_to() -> None:
+    segment = Segment(4 * MIB, daemon_id=1)
+    segment.stop_populating()
+    segment.populate()
+    assert segment.populated_bytes == 0
+    segment.close()
+
+
+def test_closing_gives_everything_back() -> None:
+    before = os.listdir("/proc/self/fd")
+    segment = Segment(2 * MIB, daemon_id=1)
+    segment.populate_in_background()
+    segment.close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_segment_in_a_directory_leaves_no_name_there(tmp_path: Path) -> None:
+    segment = Segment(2 * MIB, daemon_id=1, directory=str(tmp_path))
+    try:
+        assert os.listdir(tmp_path) == []
+        assert segment.describe().startswith(f"file in {tmp_path}")
+    finally:
+        segment.close()
+
+
+def test_a_size_that_is_no_whole_number_of_pages_is_cut() -> None:
+    segment = Segment(MIB + 5000, daemon_id=1)
+    assert segment.size == len(segment.data) == MIB + 4096
+    segment.close()
+
+
+def test_huge_pages_that_are_not_to_be_had_are_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backing, "free_huge_pages", lambda: (0, 2 * MIB))
+    monkeypatch.setattr(backing, "shmem_huge_policy", lambda: "never")
+    segment = Segment(2 * MIB, daemon_id=1, huge_pages=True)
+    assert segment.describe().startswith("memfd, 4 KiB pages")
+    assert any("no huge pages: 0 free" in note for note in segment.notes())
+    segment.close()
+
+
+def test_huge_pages_are_reported_by_what_was_really_given() -> None:
+    """Whatever this machine has: the words and the page size agree with the kernel's account."""
+    segment = Segment(4 * MIB, daemon_id=1, huge_pages=True)
+    segment.populate()
+    description = segment.describe()
+    if segment.info.page_bytes > 4096:
+        assert description.startswith("hugetlb memfd, 2 MiB pages")
+    else:
+        assert "4 KiB pages" in description or "% on huge pages" in description
+    segment.close()

@@ -1,0 +1,161 @@
+"""The slab allocator: slots of any size mix, none given twice, all room found again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvd.memory.slabs import SlabAllocator, region_bytes_for
+
+GRANULE = 4096
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def test_regions_follow_the_size_of_the_pool() -> None:
+    assert region_bytes_for(1 * GIB) == 4 * MIB
+    assert region_bytes_for(512 * MIB) == 2 * MIB
+    assert region_bytes_for(10 * GIB) == 40 * MIB
+    assert region_bytes_for(4096 * GIB) == 1 * GIB
+    assert region_bytes_for(64 * GRANULE) == 4 * GRANULE
+    assert region_bytes_for(GRANULE) == GRANULE
+
+
+def test_slot_is_the_chunk_rounded_up_to_the_granule() -> None:
+    assert [SlabAllocator.slot_bytes(n) for n in (1, 4096, 4097)] == [4096, 4096, 8192]
+
+
+def test_pool_without_room_for_one_slot_is_refused() -> None:
+    with pytest.raises(ValueError, match="smaller than one slot"):
+        SlabAllocator(GRANULE - 1)
+
+
+def test_every_byte_of_the_pool_can_be_given_out() -> None:
+    slabs = SlabAllocator(64 * GRANULE)
+    offsets = [slabs.allocate(GRANULE) for _ in range(64)]
+    assert sorted(offset for offset in offsets if offset is not None) == [n * GRANULE for n in range(64)]
+    assert slabs.allocate(GRANULE) is None
+    assert (slabs.free_bytes, slabs.taken_bytes) == (0, slabs.total_bytes)
+    assert slabs.audit() == []
+
+
+def test_empty_slab_gives_its_regions_back_at_once() -> None:
+    slabs = SlabAllocator(64 * GRANULE)
+    offsets = [slabs.allocate(3 * GRANULE) for _ in range(5)]
+    assert slabs.slot_sizes() == [3 * GRANULE]
+    for offset in offsets:
+        assert offset is not None
+        slabs.free(offset)
+    assert (slabs.free_bytes, slabs.slot_sizes()) == (slabs.total_bytes, [])
+    assert slabs.allocate(64 * GRANULE) == 0
+
+
+def test_slab_takes_more_regions_when_one_would_waste_too_much() -> None:
+    slabs = SlabAllocator(64 * GRANULE)  # regions of 4 granules
+    first = slabs.allocate(3 * GRANULE)  # in one region 25 % would be lost; in two 25 %; in three none
+    assert first is not None
+    assert slabs.free_bytes == slabs.total_bytes - 3 * slabs.region_bytes
+
+
+def test_slot_larger_than_a_region_gets_neighbouring_regions() -> None:
+    slabs = SlabAllocator(64 * GRANULE)
+    assert [slabs.allocate(31 * GRANULE) for _ in range(3)] == [0, 32 * GRANULE, None]
+    assert slabs.audit() == []
+
+
+@pytest.mark.parametrize("offset", [0, GRANULE, 100 * GRANULE, -GRANULE, 5])
+def test_freeing_what_was_not_given_is_refused(offset: int) -> None:
+    slabs = SlabAllocator(64 * GRANULE)
+    taken = [slabs.allocate(GRANULE), slabs.allocate(GRANULE)]
+    slabs.free(0)
+    with pytest.raises(ValueError, match="offset"):
+        slabs.free(offset if offset != GRANULE else 2 * GRANULE)
+    assert taken == [0, GRANULE]
+    assert slabs.audit() == []
+
+
+def test_windows_are_the_places_of_a_slab_that_other_sizes_occupy() -> None:
+    slabs = SlabAllocator(16 * GRANULE)  # 16 regions of a granule
+    for _ in range(4):
+        slabs.allocate(GRANULE)
+    assert slabs.allocate(4 * GRANULE) == 4 * GRANULE
+    for _ in range(8):
+        slabs.allocate(GRANULE)
+    windows = list(slabs.windows(4 * GRANULE))
+    assert [window.slabs[0] // GRANULE for window in windows] == [0, 8, 12]
+    assert {window.size_bytes for window in windows} == {4 * GRANULE}
+    for slab in windows[0].slabs:
+        for offset in list(slabs.used_slots(slab)):
+            slabs.free(offset)
+    assert slabs.allocate(4 * GRANULE) == 0
+    assert slabs.audit() == []
+
+
+def test_gaps_that_another_size_leaves_are_never_too_short_for_a_slab() -> None:
+    slabs = SlabAllocator(64 * GRANULE)  # 16 regions of 4 granules
+    size = 16 * GRANULE
+    small = [slabs.allocate(4 * GRANULE) for _ in range(3)]
+    while slabs.allocate(size) is not None:
+        pass
+    for offset in small:
+        assert offset is not None
+        slabs.free(offset)
+    assert slabs.allocate(size) is not None
+    assert slabs.free_bytes == 0
+
+
+@given(
+    granules=st.integers(1, 200),
+    steps=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 1000)), max_size=200),
+)
+def test_slots_never_overlap_and_everything_comes_back(granules: int, steps: list[tuple[int, int]]) -> None:
+    slabs = SlabAllocator(granules * GRANULE)
+    taken: dict[int, int] = {}
+    for size, choice in steps:
+        if choice % 3 == 0 and taken:
+            offset = sorted(taken)[choice % len(taken)]
+            slabs.free(offset)
+            del taken[offset]
+        else:
+            got = slabs.allocate(size * GRANULE)
+            if got is None:
+                continue
+            assert got % GRANULE == 0
+            assert got + size * GRANULE <= slabs.total_bytes
+            assert all(got + size * GRANULE <= at or at + other <= got for at, other in taken.items())
+            taken[got] = size * GRANULE
+        assert slabs.audit() == []
+        assert slabs.taken_bytes == sum(taken.values())
+        by_slab = {slabs.slab_of(offset) for offset in taken}
+        assert sorted(at for slab in by_slab for at in slabs.used_slots(slab)) == sorted(taken)
+    for offset in taken:
+        slabs.free(offset)
+    assert slabs.free_bytes == slabs.total_bytes
+    assert slabs.audit() == []
+
+
+@given(
+    granules=st.integers(1, 200),
+    sizes=st.lists(st.integers(1, 40), max_size=100),
+    wanted=st.integers(1, 200),
+)
+def test_emptying_any_window_makes_the_room_it_promises(granules: int, sizes: list[int], wanted: int) -> None:
+    slabs = SlabAllocator(granules * GRANULE)
+    for size in sizes:
+        slabs.allocate(size * GRANULE)
+    wanted_bytes = wanted * GRANULE
+    if wanted_bytes > slabs.total_bytes:
+        assert slabs.allocate(wanted_bytes) is None
+        return
+    while (got := slabs.allocate(wanted_bytes)) is not None:
+        assert got + wanted_bytes <= slabs.total_bytes
+    windows = list(slabs.windows(wanted_bytes))
+    if not windows:
+        # Every place is taken by the size itself: whoever wants more of it evicts its own.
+        assert wanted_bytes in slabs.slot_sizes()
+        return
+    for offset in [at for slab in windows[-1].slabs for at in slabs.used_slots(slab)]:
+        slabs.free(offset)
+    assert slabs.allocate(wanted_bytes) is not None
+    assert slabs.audit() == []

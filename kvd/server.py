@@ -156,7 +156,7 @@ class Daemon:
         except OSError as error:
             raise self._loaded.reject("pool", f"cannot be made: {error.strerror}") from error
         for note in segment.notes():
-            log.warning("the pool is %s", note)
+            log.warning("pool: %s", note)
         return segment
 
     async def _populate(self, segment: Segment) -> None:

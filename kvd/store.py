@@ -10,12 +10,11 @@ from collections.abc import Callable, Collection, Sequence
 
 from kvd.ledger.audit import audit
 from kvd.ledger.books import Books
-from kvd.ledger.coverage import Grid
 from kvd.ledger.eviction import EvictionPolicy, LeafLru
 from kvd.ledger.figures import figures
 from kvd.ledger.index import Space
 from kvd.ledger.leases import ReadLease, ReadLeases, SessionBook, WriteLease
-from kvd.ledger.room import make_room_for_namespace
+from kvd.ledger.sessions import Sessions
 from kvd.ledger.terms import (
     Counters,
     Generations,
@@ -32,7 +31,7 @@ from kvd.ledger.transfers import Transfers
 from kvd.ledger.writing import Writing
 from kvd.memory.slabs import SlabAllocator
 from kvd.types import ROOT, CommitStatus, LeaseId, LookupResult, Namespace, ReserveResult, SessionId, Stripe
-from kvd.wire.errors import InvalidRequest, LimitReached, NamespaceUnknown, SessionUnknown
+from kvd.wire.errors import InvalidRequest, LimitReached, NamespaceUnknown
 from kvd.wire.frames import MAX_ITEMS, Item, ItemStatus, Op
 from kvd.wire.identity import KEY_BYTES, Identity
 from kvd.wire.lifeline import GRANULE_BYTES
@@ -74,42 +73,33 @@ class ChunkStore:
         self.counters = Counters()
         self._limits = limits
         self._clock = clock
-        self._allocator = allocator
         self._books = Books(allocator, generations, LeafLru() if policy is None else policy, self.counters)
-        self._sessions: dict[SessionId, SessionBook] = {}
         self._reads = ReadLeases(limits.read_lease_s)
         self._transfers = Transfers(self._books)
         max_writing_bytes = int(allocator.total_bytes * limits.max_writing_share)
         self._writing = Writing(self._books, max_writing_bytes)
         #: Larger chunks cannot be stored: no session could ever reserve one.
         self.max_chunk_bytes = max_writing_bytes // GRANULE_BYTES * GRANULE_BYTES
+        self._sessions = Sessions(self._books, limits, self.max_chunk_bytes)
 
     # ------------------------------------------------------------ sessions and namespaces
 
     def open_session(self, session: SessionId, tenant: str) -> None:
         """A client of ``tenant`` has come. ``InvalidRequest`` when the number is taken."""
-        if session in self._sessions:
-            raise InvalidRequest(f"session {session} exists already")
-        self._sessions[session] = SessionBook(session, tenant)
+        self._sessions.open(session, tenant)
 
     def close_session(self, session: SessionId) -> None:
         """The session's stream has ended: so do its read leases. What it writes stays until ``writers_gone``."""
-        book = self._sessions.get(session)
-        if book is None or book.closed:
-            return
-        book.closed = True
-        for lease in list(book.reads.values()):
-            self._end_read(lease)
-        for space in book.spaces.values():
-            space.sessions -= 1
-            self._books.forget_if_empty(space)
-        book.spaces.clear()
-        book.cancelled.clear()
+        book = self._sessions.books.get(session)
+        if book is not None and not book.closed:
+            for lease in list(book.reads.values()):
+                self._end_read(lease)
+            self._sessions.close(book)
 
     def writers_gone(self, session: SessionId) -> None:
         """It is proven that nobody of the session can copy any more: its unfinished chunks go, their slots later."""
         self.close_session(session)
-        book = self._sessions.pop(session, None)
+        book = self._sessions.books.pop(session, None)
         if book is not None:
             self._writing.bury(book, self._clock() + self._limits.quarantine_s)
 
@@ -119,27 +109,7 @@ class ChunkStore:
         ``InvalidRequest`` when the chunks would be too large for the pool, or differ in size from what the namespace
         was opened with, or the grid of layers and heads is not sound; ``LimitReached`` when there are too many.
         """
-        book = self._session(session)
-        if not 0 < chunk_bytes <= self.max_chunk_bytes:
-            raise InvalidRequest(f"chunk_bytes {chunk_bytes} is not between 1 and {self.max_chunk_bytes}")
-        namespace_id = identity.namespace_id(book.tenant)
-        space = self._books.spaces.get(namespace_id)
-        if space is not None and space.namespace.chunk_bytes != chunk_bytes:
-            raise InvalidRequest(f"chunk_bytes {chunk_bytes} differs from {space.namespace.chunk_bytes}, used before")
-        if namespace_id in book.spaces:
-            return book.spaces[namespace_id].namespace
-        if len(book.spaces) >= self._limits.max_namespaces_per_session:
-            raise LimitReached(f"the session has {len(book.spaces)} namespaces open")
-        if space is None:
-            grid = Grid(identity.num_layers, identity.num_kv_heads)
-            if not make_room_for_namespace(self._books, self._limits.max_namespaces):
-                raise LimitReached(f"{self._limits.max_namespaces} namespaces are in use")
-            namespace = Namespace(namespace_id, book.tenant, identity, chunk_bytes)
-            space = Space(namespace, self._allocator.slot_bytes(chunk_bytes), grid)
-            self._books.spaces[namespace_id] = space
-        space.sessions += 1
-        book.spaces[namespace_id] = space
-        return space.namespace
+        return self._sessions.open_namespace(self._sessions.get(session), identity, chunk_bytes)
 
     # ------------------------------------------------------------ reading
 
@@ -147,7 +117,7 @@ class ChunkStore:
         self, session: SessionId, namespace_id: bytes, lease_id: LeaseId, keys: Sequence[bytes], skip: int = 0
     ) -> LookupResult:
         """Match the longest READY prefix of ``keys`` and lease it from its chunk ``skip`` on."""
-        book, space = self._open(session, namespace_id)
+        book, space = self._sessions.get_open(session, namespace_id)
         self._check_keys(keys)
         if not 0 <= skip <= len(keys):
             raise InvalidRequest(f"skip {skip} of {len(keys)} keys")
@@ -174,7 +144,7 @@ class ChunkStore:
 
     def release(self, session: SessionId, lease_ids: Sequence[LeaseId]) -> int:
         """End read leases; how many there were. Unknown ids are remembered: a late Lookup with one is refused."""
-        book = self._session(session)
+        book = self._sessions.get(session)
         self._check_count(lease_ids, self._limits.max_leases_per_session)
         self._advance()
         released = 0
@@ -189,7 +159,7 @@ class ChunkStore:
 
     def renew(self, session: SessionId, lease_ids: Sequence[LeaseId]) -> list[bool]:
         """Extend read leases; whether each lease is alive. A write lease has no end by time and needs no renewal."""
-        book = self._session(session)
+        book = self._sessions.get(session)
         self._check_count(lease_ids, self._limits.max_leases_per_session)
         now = self._advance()
         alive = []
@@ -206,7 +176,7 @@ class ChunkStore:
         self, session: SessionId, namespace_id: bytes, lease_id: LeaseId, items: Sequence[tuple[bytes, bytes]]
     ) -> list[ReserveResult]:
         """Slots to write chunks into; ``items`` are (key, parent), parents before their children."""
-        book, space = self._open(session, namespace_id)
+        book, space = self._sessions.get_open(session, namespace_id)
         self._check_keys([key for key, _ in items])
         self._check_keys([parent for _, parent in items if parent != ROOT])
         self._advance()
@@ -227,7 +197,7 @@ class ChunkStore:
         PARTIAL as long as stripes are missing, even when the chunk is lost already: somebody may still be copying
         into its slot. ``InvalidRequest`` when a stripe is not inside the namespace's grid.
         """
-        book, space = self._open(session, namespace_id)
+        book, space = self._sessions.get_open(session, namespace_id)
         self._check_keys([key for key, _ in items])
         cells = [(key, self._cells(space, stripes)) for key, stripes in items]
         self._advance()
@@ -238,7 +208,7 @@ class ChunkStore:
 
         An unknown lease id is remembered: a late Reserve with it is refused.
         """
-        book, space = self._open(session, namespace_id)
+        book, space = self._sessions.get_open(session, namespace_id)
         self._check_keys(keys)
         self._advance()
         lease = self._write_lease(book, space, lease_id)
@@ -254,7 +224,7 @@ class ChunkStore:
         self, session: SessionId, op: Op, lease_id: LeaseId, items: Sequence[Item]
     ) -> tuple[IoTicket, list[ItemStatus]]:
         """Ask to move bytes. Items that are OK stay in place until ``end_io``, whatever happens to lease or session."""
-        book = self._session(session)
+        book = self._sessions.get(session)
         self._check_count(items, MAX_ITEMS)
         self._advance()
         return self._transfers.begin(book, op, lease_id, items)
@@ -291,27 +261,14 @@ class ChunkStore:
         return dropped, kept
 
     def audit(self) -> list[str]:
-        """What does not agree between any two books; empty = clean. O(chunks), about 3 microseconds each."""
-        return audit(self._books, self._sessions, self._reads, self._transfers)
+        """What does not agree between any two books; empty = clean. O(chunks), a few microseconds each."""
+        return audit(self._books, self._sessions.books, self._reads, self._transfers)
 
     def stats(self) -> StoreStats:
         """A snapshot, read from the books. O(namespaces + sessions + leases)."""
-        return figures(self._books, self._sessions.values())
+        return figures(self._books, self._sessions.books.values())
 
     # ------------------------------------------------------------ checks and steps
-
-    def _session(self, session: SessionId) -> SessionBook:
-        book = self._sessions.get(session)
-        if book is None or book.closed:
-            raise SessionUnknown(f"session {session} is not open")
-        return book
-
-    def _open(self, session: SessionId, namespace_id: bytes) -> tuple[SessionBook, Space]:
-        book = self._session(session)
-        space = book.spaces.get(namespace_id)
-        if space is None:
-            raise NamespaceUnknown("the namespace is not open in this session")
-        return book, space
 
     def _check_count(self, things: Sequence[object], most: int) -> None:
         if len(things) > most:

@@ -64,7 +64,10 @@ class DataPath(Protocol):
         """Pieces whose bytes did not arrive as they were sent, since the path was opened."""
 
     def memory(self) -> list[memoryview]:
-        """All memory that views can lie in, for registration with a device; [] over TCP. Keeps mappings as a view does."""
+        """All memory that views can lie in, for registration with a device; [] over TCP.
+
+        Like a view it keeps the memory mapped.
+        """
 
     def view(self, location: Location, length: int) -> memoryview | None:
         """``length`` bytes of the slot itself, writable, without a copy; None over TCP or when out of bounds.

@@ -2,7 +2,7 @@
 
     with Proxy(("127.0.0.1", port)) as proxy:
         proxy.flip("down")      # one byte of the next large block towards the client
-        proxy.stall()           # nothing passes until resume()
+        proxy.stall("down")     # no answer passes until resume()
         proxy.cut()             # every connection breaks
 
 A client that is told a port of "the host it reached" finds the proxy when it listens on another loopback address with
@@ -33,9 +33,9 @@ class Proxy:
         self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._flips: list[Direction] = []
-        self._open = threading.Event()
-        self._open.set()
+        self._open = {"up": threading.Event(), "down": threading.Event()}
         self._closing = False
+        self.resume()
         family = socket.AF_INET6 if ":" in listen[0] else socket.AF_INET
         self._listener = socket.socket(family, socket.SOCK_STREAM)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -55,13 +55,15 @@ class Proxy:
         with self._lock:
             return len(self._flips)
 
-    def stall(self) -> None:
-        """Takes nothing from anybody any more; connections stay open."""
-        self._open.clear()
+    def stall(self, *directions: Direction) -> None:
+        """Lets nothing pass in these directions, in both when none is named; connections stay open."""
+        for direction in directions or ("up", "down"):
+            self._open[direction].clear()
 
     def resume(self) -> None:
         """Ends a ``stall``."""
-        self._open.set()
+        for each in self._open.values():
+            each.set()
 
     def cut(self) -> None:
         """Breaks all connections that exist; new ones are taken."""
@@ -119,9 +121,9 @@ class Proxy:
         block = bytearray(BLOCK_BYTES)
         with contextlib.suppress(OSError):
             while True:
-                self._open.wait()
+                self._open[direction].wait()
                 count = source.recv_into(block)
-                self._open.wait()
+                self._open[direction].wait()
                 if not count:
                     break
                 self._spoil(block, count, direction)

@@ -1,0 +1,1 @@
+"""The books: chunk states, prefix index, leases, eviction. Pure Python, no I/O, owned by the event loop."""

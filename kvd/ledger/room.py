@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from kvd.ledger.books import Books, SlabWindow
 from kvd.ledger.chunk import Chunk
 
-#: Windows whose chunks are looked at one by one, the coldest by their slabs' sums first.
+#: Windows whose chunks are looked at one by one, the coldest by their slabs' mean ages first.
 _WINDOWS_WEIGHED = 4
 
 
 class RoomMaker:
     """Gets slots for the items of one Reserve. Made anew for each request: it remembers what has been tried.
 
-    Two ways to make room are compared by what they lose per byte, how recently the evicted was used: the next victim
-    of the same slot size, or a window of slabs of other sizes, emptied. Scanning the windows is O(slabs), so it is
-    done once per request and again only when the slot size has no victim left.
+    Two ways to make room are compared by what they lose per byte that they gain: evicting the next victim of the same
+    slot size, or emptying a window of slabs of other sizes. The chance that a chunk is wanted again is taken to be
+    inverse to its age, the uses of chunks since its own last one; what is free already loses nothing. Scanning the
+    windows is O(slabs), so it is done once per request and again only when the slot size has no victim left.
     """
 
     def __init__(self, books: Books, slot_bytes: int) -> None:
@@ -49,33 +50,28 @@ class RoomMaker:
         return True
 
     def _coldest_window(self, victim: Chunk | None) -> tuple[int, ...]:
-        """The window that loses least, if it loses less than ``victim``; otherwise nothing.
-
-        Loss is counted from the coldest leaf of all, and what is free already loses nothing.
-        """
-        policy = self._books.policy
-        leaves = [leaf for size in self._books.slots.slot_sizes() if (leaf := policy.coldest(size)) is not None]
-        if not leaves:
-            return ()
-        base = min(leaf.touched for leaf in leaves)
-        least = float("inf") if victim is None else float(victim.touched - base)
+        """The slabs of the window that loses least, if that is less than ``victim`` loses; otherwise nothing."""
+        least = float("inf") if victim is None else 1.0 / self._age(victim)
         best: tuple[int, ...] = ()
-        for _, window in sorted(self._emptiable(base))[:_WINDOWS_WEIGHED]:
-            loss = self._loss(window, base)
+        for floor, window in sorted(self._emptiable())[:_WINDOWS_WEIGHED]:
+            if floor >= least:
+                break
+            loss = self._loss(window)
             if loss < least:
                 least, best = loss, window.slabs
         return best
 
-    def _emptiable(self, base: int) -> Iterator[tuple[float, SlabWindow]]:
-        """The windows in which nothing is held, each with its loss by the sums of its slabs."""
+    def _emptiable(self) -> Iterator[tuple[float, SlabWindow]]:
+        """The windows in which nothing is held, each with a loss that it cannot be below: by its slabs' mean ages."""
         homes = self._books.homes
+        next_stamp = self._books.last_stamp + 1
         for window in self._books.slots.windows(self._slot_bytes):
             inside = [homes[slab] for slab in window.slabs]
             if not any(home.held for home in inside):
-                heat = sum((home.heat - base * home.chunks) * home.slot_bytes for home in inside)
-                yield heat / window.size_bytes, window
+                floor = sum(home.chunks * home.slot_bytes / (next_stamp - home.heat / home.chunks) for home in inside)
+                yield floor / window.size_bytes, window
 
-    def _loss(self, window: SlabWindow, base: int) -> float:
+    def _loss(self, window: SlabWindow) -> float:
         """Loss by the chunks themselves: what lies below them in other slabs goes too, and gains nothing."""
         going: set[Chunk] = set()
         left = self._inside(window.slabs)
@@ -84,7 +80,10 @@ class RoomMaker:
             if chunk not in going:  # otherwise all below it has been seen too
                 going.add(chunk)
                 left.extend(chunk.children())
-        return sum((chunk.touched - base) * chunk.space.slot_bytes for chunk in going) / window.size_bytes
+        return sum(chunk.space.slot_bytes / self._age(chunk) for chunk in going) / window.size_bytes
+
+    def _age(self, chunk: Chunk) -> int:
+        return self._books.last_stamp + 1 - chunk.touched
 
     def _inside(self, slabs: tuple[int, ...]) -> list[Chunk]:
         by_offset = self._books.by_offset

@@ -8,7 +8,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 
-from kvd.memory.host import free_huge_pages, shmem_huge_policy
+from kvd.memory.host import Available, available_memory, free_huge_pages, shmem_huge_policy
 from kvd.memory.syscalls import HUGETLBFS_MAGIC, TMPFS_MAGIC, filesystem_magic
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -34,10 +34,19 @@ def is_memory_filesystem(directory: str) -> bool:
     return filesystem_magic(directory) in (TMPFS_MAGIC, HUGETLBFS_MAGIC)
 
 
-def free_bytes(directory: str) -> int:
-    """What the filesystem of ``directory`` can still hold."""
+def available_bytes(directory: str | None, huge_pages: bool, size: int) -> Available:
+    """What ``open_backing`` with these arguments could get at most."""
+    if directory is not None and filesystem_magic(directory) == HUGETLBFS_MAGIC:
+        pages, page_bytes = free_huge_pages(os.statvfs(directory).f_bsize)
+        return Available(pages * page_bytes, f"free for {directory} in the hugetlb pool")
+    pages, page_bytes = free_huge_pages()
+    if directory is None and huge_pages and pages * page_bytes >= size:
+        return Available(pages * page_bytes, "free in the hugetlb pool")  # not part of the memory that is available
+    memory = available_memory()
+    if directory is None:
+        return memory
     found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
+    return min(memory, Available(found.f_bavail * found.f_frsize, f"free in {directory}"))
 
 
 def open_backing(size: int, *, directory: str | None = None, huge_pages: bool = False) -> Backing:

@@ -20,12 +20,17 @@ def available_memory(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> Av
     return min(bounds)
 
 
-def free_huge_pages(proc: str = "/proc") -> tuple[int, int]:
-    """(number of free huge pages that nobody has reserved, bytes of each); (0, 0) where there are none."""
-    info = _meminfo(proc)
-    size = info.get("Hugepagesize", 0)
-    free = info.get("HugePages_Free", 0) - info.get("HugePages_Rsvd", 0)
-    return (max(free, 0), size) if size else (0, 0)
+def free_huge_pages(
+    page_bytes: int | None = None, proc: str = "/proc", pools: str = "/sys/kernel/mm/hugepages"
+) -> tuple[int, int]:
+    """(number of huge pages that are free and not set aside, bytes of each); (0, 0) where there are none.
+
+    Of the system's default size, or of ``page_bytes``.
+    """
+    page_bytes = page_bytes or _meminfo(proc).get("Hugepagesize", 0)
+    pool = os.path.join(pools, f"hugepages-{page_bytes >> 10}kB")
+    free, reserved = _number(os.path.join(pool, "free_hugepages")), _number(os.path.join(pool, "resv_hugepages"))
+    return (0, 0) if free is None or reserved is None else (max(free - reserved, 0), page_bytes)
 
 
 def shmem_huge_policy(path: str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled") -> str:

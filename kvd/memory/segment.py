@@ -39,7 +39,7 @@ class Segment:
         self.index = index
         self.size = self._backing.size
         self.data_fd = self._backing.fd
-        self._huge_bytes = 0
+        self._huge_bytes: int | None = None  # not known before the kernel was asked
         self._stop = threading.Event()
         self._populating: threading.Thread | None = None
         self._map = mmap.mmap(self.data_fd, self.size)
@@ -65,8 +65,9 @@ class Segment:
         pages = f"{self._backing.page_bytes >> 10} KiB pages"
         if self._backing.page_bytes >= 1 << 20:
             pages = f"{self._backing.page_bytes >> 20} MiB pages"
-        if self._huge_bytes:
-            pages = f"{self._huge_bytes * 100 // self.size} % on huge pages"
+        if self._backing.advise_huge:
+            share = None if self._huge_bytes is None else self._huge_bytes * 100 // self.size
+            pages = "huge pages asked for" if share is None else f"{share} % on huge pages"
         return f"{self._backing.kind}, {pages}, {'locked' if self.locked else 'not locked'}"
 
     def notes(self) -> list[str]:

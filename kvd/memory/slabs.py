@@ -1,9 +1,9 @@
 """Slots from slabs: which bytes of a segment are in use. Pure arithmetic; touches no memory.
 
-The segment is cut into equal regions. A slab is a run of neighbouring regions, cut into equal slots of one size;
-a slab with no slot in use gives its regions back at once. A slab of k regions begins at a multiple of k regions; when no such place is free, ``windows``
-names the slabs whose emptying would free one. So no mix of sizes can fragment the pool for ever, provided that the
-owner of the slots is willing to empty them.
+The segment is cut into equal regions. A slab is a run of neighbouring regions, cut into equal slots of one size; a slab
+with no slot in use gives its regions back at once. A slab of k regions begins at a multiple of k regions; when no such
+place is free, ``windows`` names the slabs whose emptying would free one. So no mix of sizes can fragment the pool for
+ever, provided that the owner of the slots is willing to empty them.
 """
 
 from __future__ import annotations

@@ -135,8 +135,9 @@ class DataPlane:
             for connection in self._connections:
                 connection.stream.interrupt()
         for thread in threads:
-            if thread is not None:
+            if thread is not None and thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
+        self._segments.clear()  # whoever owns the memory may want to unmap it
 
     def _accept(self) -> None:
         listener = self._listener
@@ -153,6 +154,8 @@ class DataPlane:
                 self._begin(accepted, format_host_port(address[0], address[1]))
             except OSError:
                 accepted.close()  # the peer was gone before it began
+            except RuntimeError as error:
+                log.warning("data plane cannot serve another connection: %s", error)
 
     def _begin(self, accepted: socket.socket, peer: str) -> None:
         connection = _Connection(Stream(accepted), peer)
@@ -165,7 +168,11 @@ class DataPlane:
             connection.stream.close()
             return
         connection.thread = threading.Thread(target=self._serve, args=(connection,), name="kvd-data", daemon=True)
-        connection.thread.start()
+        try:
+            connection.thread.start()
+        except RuntimeError:  # the system gives no further thread
+            self._forget(connection)
+            raise
 
     def _serve(self, connection: _Connection) -> None:
         """A connection's thread, from handshake to close."""
@@ -192,9 +199,12 @@ class DataPlane:
         except Exception:
             log.exception("data connection from %s failed", connection.peer)
         finally:
-            with self._lock:
-                self._connections.discard(connection)
-                connection.stream.close()  # under the lock: nobody interrupts a descriptor that serves somebody else
+            self._forget(connection)
+
+    def _forget(self, connection: _Connection) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+            connection.stream.close()  # under the lock: nobody interrupts a descriptor that serves somebody else
 
     def _handshake(self, connection: _Connection) -> SessionId | None:
         hello = connection.stream.receive(HELLO.size, time.monotonic() + HANDSHAKE_TIMEOUT_S)

@@ -7,6 +7,8 @@ gets the same classes back, so a caller can catch ``SessionUnknown`` without kno
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import grpc
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
@@ -112,7 +114,8 @@ def from_rpc_error(error: grpc.RpcError) -> KvdError:
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
     text = (error.details() if isinstance(error, grpc.Call) else None) or str(error)
     status = rpc_status.from_call(error) if isinstance(error, grpc.Call) else None
-    for detail in status.details if status is not None else ():
+    details: Iterable[any_pb2.Any] = () if status is None else status.details
+    for detail in details:
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in BY_REASON:
             return BY_REASON[info.reason](text)

@@ -1,9 +1,9 @@
 """The lifeline: the Unix socket over which a client gets the pool's descriptors and proves that it lives.
 
 One SOCK_SEQPACKET connection per process that maps the pool. The client sends HELLO, the daemon answers WELCOME with
-the descriptors (SCM_RIGHTS), and then both keep the connection open and silent. When the client's process ends, however
-it ends, the kernel closes the socket: only then do the write leases of its session end. When the daemon ends, the client
-sees the end of file at once.
+the descriptors (SCM_RIGHTS), and then both keep the connection open and silent. When the client's process ends,
+however it ends, the kernel closes the socket: only then do the write leases of its session end. When the daemon ends,
+the client sees the end of file at once.
 
 ``OPEN`` comes first and yields a ticket, to be shown in the gRPC ``Hello``: it ties the session to the user and
 process that the kernel reports for this socket. ``ATTACH`` joins a further process (a tensor-parallel worker, say) to a
@@ -63,7 +63,7 @@ class Status(IntEnum):
 class SegmentInfo(NamedTuple):
     """What a client needs to know to map a segment."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of this
     granule_bytes: int
     data_bytes: int
     table_bytes: int

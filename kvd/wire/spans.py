@@ -16,7 +16,7 @@ class Span(NamedTuple):
     offset: int
     run: int
     stride: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs of this
 
     @property
     def size(self) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import grpc
 import pytest
 
+from kvd.wire.pb import kvd_pb2, kvd_pb2_grpc
 from kvd_client import (
     ROOT,
     Client,
@@ -325,6 +329,33 @@ def test_a_chunk_that_is_gone_is_not_intact(daemon: Daemon) -> None:
             assert location is not None
             assert client.path().intact([location]) == [True]
         wait_until(lambda: client.path().intact([location]) == [False], what="the slot to be given back")
+    assert daemon.audit() == []
+
+
+def test_a_chunk_that_goes_away_during_the_copy_is_a_miss(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    with client_of(daemon, "shm") as client:
+        namespace, keys, data = namespace_of(client), prefix(3), payloads(3)
+        assert client.store(namespace, chained(keys), data) == [StoreOutcome.STORED] * 3
+        lease = client.lookup(namespace, keys)
+        copy = ctypes.memmove
+
+        def copy_while_the_lease_ends(*arguments: Any) -> None:
+            copy(*arguments)
+            lease.release()
+            wait_until(dropped, what="the chunks to be gone")
+
+        def dropped() -> bool:
+            with grpc.insecure_channel(daemon.unix_endpoint) as channel:
+                stub: Any = kvd_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+                stub.Drop(kvd_pb2.DropRequest(), timeout=10)
+            return not any(client.path().intact(lease.locations))
+
+        pieces = [Piece(at, whole(CHUNK_BYTES), each) for at, each in zip(lease.locations, buffers(3), strict=True)]
+        monkeypatch.setattr("kvd_client.shm.ctypes.memmove", copy_while_the_lease_ends)
+        outcome = client.path().read(lease.lease_id, pieces, soon())
+        monkeypatch.undo()
+        assert outcome == [False] * 3
+        assert client.load(namespace, keys, buffers(3)) == 0
     assert daemon.audit() == []
 
 

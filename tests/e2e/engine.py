@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import select
 import shutil
 import signal
@@ -40,6 +41,12 @@ def _clean_up() -> None:
         engine.close()
 
 
+def prompt(seed: int, tokens: int) -> list[int]:
+    """A prompt of so many random tokens, the same for the same seed."""
+    draw = random.Random(seed)
+    return [draw.randrange(4, 500) for _ in range(tokens)]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What came of one prompt."""
@@ -50,7 +57,11 @@ class Answer:
 
 
 class Engine:
-    """One engine process. ``connector=None`` runs it without kvd; other ``options`` are vLLM's."""
+    """One engine process. ``connector``: the connector's options; ``options``: vLLM's. ``without`` runs it without kvd.
+
+    ``prefix_caching_anyway`` leaves prefix caching on where vLLM's CPU platform turns it off (MLA without AMX), so that
+    such a model can be looked at here at all.
+    """
 
     def __init__(
         self,
@@ -60,6 +71,7 @@ class Engine:
         connector: dict[str, Any] | None = None,
         without: bool = False,
         wait: bool = True,
+        prefix_caching_anyway: bool = False,
         **options: Any,
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="kvd-engine-", dir="/tmp"))
@@ -92,6 +104,7 @@ class Engine:
             VLLM_NO_USAGE_STATS="1",
             DO_NOT_TRACK="1",
             TOKENIZERS_PARALLELISM="false",
+            **({"KVD_TEST_PREFIX_CACHING": "1"} if prefix_caching_anyway else {}),
         )
         if ranks > 1:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(i % (os.cpu_count() or 1)) for i in range(ranks))
@@ -330,10 +343,24 @@ class _Server:
         raise ValueError(f"unknown request {op!r}")
 
 
+def _keep_prefix_caching() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def keeping(config: Any) -> None:
+        check(config)
+        config.cache_config.enable_prefix_caching = True
+
+    CpuPlatform.check_and_update_config = staticmethod(keeping)
+
+
 def main() -> None:
     """The engine's process."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # the engine and its libraries print
+    if os.environ.get("KVD_TEST_PREFIX_CACHING"):
+        _keep_prefix_caching()
     server = _Server(json.loads(sys.argv[1]))
     answers.write(json.dumps({"result": "ready"}) + "\n")
     for line in sys.stdin:

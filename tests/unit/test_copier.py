@@ -35,7 +35,7 @@ def make(kind: str) -> contract.Make:
 
 
 @pytest.mark.parametrize("kind", IMPLEMENTATIONS)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_what_one_sharding_and_layout_wrote_any_other_reads(kind: str, data: st.DataObject) -> None:
     contract.check_what_one_sharding_wrote_another_reads(make(kind), data)

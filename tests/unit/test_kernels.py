@@ -32,7 +32,7 @@ def test_kernels_compile_for_the_architecture(arch: str) -> None:
 
 
 @pytest.mark.parametrize("physical", PHYSICAL)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_gather_and_scatter_move_what_the_naive_loop_moves(physical: str, data: st.DataObject) -> None:
     model = data.draw(models(), label="model")

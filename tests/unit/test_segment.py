@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvd.memory import backing
+from kvd.memory import segment as module
 from kvd.memory.segment import Segment
 from kvd.types import Location
 from kvd.wire import lifeline
@@ -135,6 +136,19 @@ def test_huge_pages_are_reported_by_what_was_really_given() -> None:
     description = segment.describe()
     if segment.info.page_bytes > 4096:
         assert description.startswith("hugetlb memfd, 2 MiB pages")
+    elif segment.notes():
+        assert description.startswith("memfd, 4 KiB pages")
     else:
-        assert "4 KiB pages" in description or "% on huge pages" in description
+        assert "% on huge pages" in description
+    segment.close()
+
+
+def test_huge_pages_that_were_asked_for_and_not_given_are_counted_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backing, "free_huge_pages", lambda: (0, 2 * MIB))
+    monkeypatch.setattr(backing, "shmem_huge_policy", lambda: "advise")
+    monkeypatch.setattr(module, "_huge_bytes_mapped", lambda address: 0)
+    segment = Segment(4 * MIB, daemon_id=1, huge_pages=True)
+    assert "huge pages asked for" in segment.describe()
+    segment.populate()
+    assert "0 % on huge pages" in segment.describe()
     segment.close()

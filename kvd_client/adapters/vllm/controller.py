@@ -19,8 +19,8 @@ from kvd_client.adapters.vllm.log import complain, logger
 from kvd_client.adapters.vllm.stats import Tally
 from kvd_client.client import Client
 from kvd_client.leases import ReadLease, WriteLease
-from kvd_client.path import Attachment
 from kvd_client.messages import NamespaceHandle
+from kvd_client.path import Attachment
 
 #: Deadline of calls on the controller's thread.
 CALL_TIMEOUT_S = 2.0

@@ -89,12 +89,12 @@ class Pool:
         identity = Identity(model=model, weights_revision="r", num_layers=layers, num_kv_heads=heads)
         return self.store.open_namespace(session, identity, granules * GRANULE)
 
-    def reserve(self, session: SessionId, namespace: Namespace, *items: tuple[bytes, bytes]) -> "Reserved":
+    def reserve(self, session: SessionId, namespace: Namespace, *items: tuple[bytes, bytes]) -> Reserved:
         """One Reserve under a new lease."""
         lease = next(self.leases)
         return Reserved(lease, self.store.reserve(session, namespace.id, lease, items))
 
-    def write(self, session: SessionId, namespace: Namespace, *items: tuple[bytes, bytes]) -> "Reserved":
+    def write(self, session: SessionId, namespace: Namespace, *items: tuple[bytes, bytes]) -> Reserved:
         """Reserve, all of it granted, and Commit, all of it stored."""
         reserved = self.reserve(session, namespace, *items)
         assert reserved.all(ReserveStatus.GRANTED), reserved.results
@@ -116,6 +116,13 @@ class Pool:
         lease, found = self.lease(session, namespace, *names)
         self.store.release(session, [lease])
         return found
+
+    def fill(self, session: SessionId, namespace: Namespace, first: int = 1000) -> None:
+        """Ask for more single chunks than 16 slots hold: all that can be evicted goes."""
+        for number in range(first, first + 20):
+            reserved = self.reserve(session, namespace, (key(number), ROOT))
+            if reserved.all(ReserveStatus.GRANTED):
+                self.commit(session, namespace, reserved.lease, key(number))
 
     def item(self, namespace: Namespace, location: Location) -> Item:
         """A data-plane item that names the whole chunk."""

@@ -1,7 +1,7 @@
 """One replica of the demo: a real vLLM engine in a process of its own, asked over a socket in lines of JSON.
 
-Started by ``run.py``. Requests: ``{"op": "ask", "prompt": [...], "tokens": n, "forget": bool}`` and
-``{"op": "settle"}``. Ends when the other side closes the socket.
+Started by ``run.py``. Requests: ``{"op": "ask", "prompt": [...], "tokens": n, "cold": bool}``, ``{"op": "settle"}`` and
+``{"op": "counters"}``. Ends when the other side closes the socket.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from typing import Any
 # One process for the whole engine: it starts faster, and nothing is left behind when it ends.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "INFO",
+    "OMP_NUM_THREADS": "2",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
-HITS = "vllm:external_prefix_cache_hits"
+COUNTERS = {
+    "kvd_tokens": "vllm:external_prefix_cache_hits",
+    "loaded_bytes": "vllm:kvd_loaded_bytes",
+    "stored_bytes": "vllm:kvd_stored_bytes",
+    "load_failures": "vllm:kvd_load_failures",
+}
 SETTLE_S = 20.0
 
 
@@ -34,35 +39,35 @@ class Replica:
 
         self._llm = LLM(
             model,
-            dtype="float32",
+            dtype="float32",  # so that a prompt computed in one piece and one computed in two agree to the last token
             enforce_eager=True,
             max_model_len=max_tokens,
             max_num_batched_tokens=max_tokens,
             max_num_seqs=4,
             block_size=32,
             kv_cache_memory_bytes=512 << 20,
-            gpu_memory_utilization=0.2,  # two replicas may share one GPU
             disable_log_stats=False,
             kv_transfer_config={
                 "kv_connector": "KvdConnector",
                 "kv_connector_module_path": "kvd_client.adapters.vllm",
                 "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
                 "kv_connector_extra_config": {"endpoint": endpoint},
             },
         )
         self._engine = self._llm.llm_engine
         self._asked = 0
 
-    def ask(self, prompt: list[int], tokens: int, forget: bool) -> dict[str, Any]:
-        """Answers a prompt with exactly ``tokens`` tokens; ``forget`` empties the engine's own prefix cache first."""
+    def ask(self, prompt: list[int], tokens: int, cold: bool) -> dict[str, Any]:
+        """Answers a prompt with exactly ``tokens`` tokens.
+
+        ``cold``: everything is computed. Otherwise the engine's own prefix cache is emptied first, so that what it does
+        not compute comes from kvd.
+        """
         from vllm import SamplingParams
 
-        if forget:
-            self._forget()
-        hits = self._external_hits()
+        self._forget()
         self._asked += 1
-        settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, skip_reading_prefix_cache=cold)
         started = time.perf_counter()
         first = 0.0
         last = None
@@ -77,7 +82,6 @@ class Replica:
             "ttft_s": first,
             "prompt_tokens": len(prompt),
             "cached_tokens": last.num_cached_tokens or 0,
-            "kvd_tokens": self._external_hits() - hits,
             "tokens": list(last.outputs[0].token_ids),
         }
 
@@ -86,6 +90,11 @@ class Replica:
         self._forget()
         return {}
 
+    def counters(self) -> dict[str, Any]:
+        """What the engine has counted since it started."""
+        found = {m.name: getattr(m, "value", 0) for m in self._llm.get_metrics()}
+        return {name: int(found.get(metric, 0)) for name, metric in COUNTERS.items()}
+
     def _forget(self) -> None:
         deadline = time.monotonic() + SETTLE_S
         while not self._llm.reset_prefix_cache():
@@ -93,9 +102,6 @@ class Replica:
                 raise TimeoutError(f"the engine still holds pages after {SETTLE_S:g} s")
             self._engine.step()
             time.sleep(0.005)
-
-    def _external_hits(self) -> int:
-        return sum(int(m.value) for m in self._llm.get_metrics() if m.name == HITS)  # type: ignore[attr-defined]
 
 
 def main() -> None:

@@ -85,7 +85,8 @@ class Daemon:
         segment = self._make_segment(daemon_id)
         stack.callback(segment.stop_populating)
         limits = Limits(read_lease_s=settings.read_lease_s, quarantine_s=settings.quarantine_s)
-        self._store = store = ChunkStore(SlabAllocator(segment.size), segment, limits)
+        allocator, first_generation = SlabAllocator(segment.size), secrets.randbits(31) << 32
+        self._store = store = ChunkStore(allocator, segment, limits, first_generation=first_generation)
         self._sessions = sessions = Sessions(store, on_end=lambda session: data.close_session(session))
         access = Access(settings.group, allow_remote=settings.allow_remote)
         metrics = Metrics()

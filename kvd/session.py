@@ -92,6 +92,7 @@ class Sessions:
         self._tickets: dict[bytes, Lifeline] = {}
         self._lifelines: set[Lifeline] = set()
         self._last_id = 0
+        self._ticked_at = clock()
         self.draining = False
 
     # -- sessions
@@ -152,6 +153,10 @@ class Sessions:
         A session over shared memory is never ended by silence: an engine that is stopped or busy still holds its slots.
         """
         now = self._clock()
+        if now - self._ticked_at > HEARTBEAT_S:  # the daemon itself was stopped: the heartbeats wait in its sockets
+            for session in self._by_token.values():
+                session.heard_at = now
+        self._ticked_at = now
         for session in [s for s in self._by_token.values() if s.path == "tcp" and now - s.heard_at > SILENCE_S]:
             log.warning("session %d (%s) has been silent for %.0f s", session.id, session.peer, now - session.heard_at)
             self.end(session)

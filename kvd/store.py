@@ -69,11 +69,16 @@ class ChunkStore:
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
         policy: EvictionPolicy | None = None,
+        first_generation: int = 0,
     ) -> None:
+        """``first_generation``: all generations are higher. A daemon that begins elsewhere than the one before it gives
+        no slot a generation that an earlier life gave."""
         self.counters = Counters()
         self._limits = limits
         self._clock = clock
-        self._books = Books(allocator, generations, LeafLru() if policy is None else policy, self.counters)
+        self._books = Books(
+            allocator, generations, LeafLru() if policy is None else policy, self.counters, first_generation
+        )
         self._reads = ReadLeases(limits.read_lease_s)
         self._transfers = Transfers(self._books)
         max_writing_bytes = int(allocator.total_bytes * limits.max_writing_share)

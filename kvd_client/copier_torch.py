@@ -1,16 +1,22 @@
-"""Copier for KV caches in CPU memory: strided torch copies straight between pages and chunk memory.
+"""Copier for KV caches in CPU memory: strided copies straight between pages and chunk memory.
 
 Layers that lie at equal distances in one storage are one view with a layer axis, and neighbouring blocks move together,
 so a chunk takes a few large copies (which release the GIL) and no second copy of the bytes.
+
+The copies are NumPy's, not torch's: torch splits a large copy over OpenMP threads, and a team of them started on a
+transfer thread, which inherits the core that a CPU engine has bound itself to, spins there against the engine. Measured
+on two cores, a load of 36 MiB took up to 5 s that way.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
 
 from kvd.wire.chunks import Stripe
 from kvd_client.copier import Form, Mark, Pending
@@ -25,6 +31,9 @@ from kvd_client.layout import (
     slot_places,
 )
 from kvd_client.memory import RankPages, address_of, window
+
+#: Plain bytes.
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 #: What ``room`` answers: CPU stores need no staging.
 _UNBOUNDED = 1 << 30
@@ -42,7 +51,7 @@ class _Stack(NamedTuple):
     """Layers with equal geometry at equal distances in one storage."""
 
     #: ``[layers, blocks, heads, sub_blocks, tokens, token_bytes]``, bytes.
-    pages: torch.Tensor
+    pages: _Bytes
     #: Where the first layer's pages lie, and how far apart layers are, in either form.
     places: dict[Form, tuple[Place, int]]
 
@@ -101,24 +110,24 @@ class TorchCopier(RankPages):
     def _copy(
         self, stacks: list[_Stack], blocks: Sequence[int], memory: memoryview, form: Form, *, store: bool
     ) -> None:
-        flat = torch.frombuffer(window(address_of(memory), memory.nbytes), dtype=torch.uint8)
+        flat = np.frombuffer(window(address_of(memory), memory.nbytes), dtype=np.uint8)
         runs = consecutive(blocks)
         for stack in stacks:
             layers, _, heads, sub_blocks, tokens, token_bytes = stack.pages.shape
             place, layer_stride = stack.places[form]
             page = sub_blocks * tokens * token_bytes
-            chunk = flat.as_strided(
+            chunk = as_strided(
+                flat[place.offset :],
                 (layers, len(blocks), heads, sub_blocks, tokens, token_bytes),
                 (layer_stride, place.block_stride, page, tokens * token_bytes, token_bytes, 1),
-                place.offset,
             )
             for run in runs:
                 pages = stack.pages[:, run.block : run.block + run.length]
                 part = chunk[:, run.position : run.position + run.length]
                 if store:
-                    part.copy_(pages)
+                    np.copyto(part, pages)
                 else:
-                    pages.copy_(part)
+                    np.copyto(pages, part)
 
     def _stacks(self, stripe: Stripe) -> list[_Stack]:
         """The layers of ``stripe`` in as few stacks as their memory allows."""
@@ -151,19 +160,20 @@ def _stackable(caches: Sequence[torch.Tensor], layers: Sequence[PageGeometry]) -
     )
 
 
-def _stack_view(cache: torch.Tensor, layers: Sequence[PageGeometry]) -> torch.Tensor:
+def _stack_view(cache: torch.Tensor, layers: Sequence[PageGeometry]) -> _Bytes:
     """The pages of a stack as bytes ``[layers, blocks, heads, sub_blocks, tokens, token_bytes]``.
 
-    Made from the storage and outside inference mode, in which engines make their caches and copiers: what is made in it
-    cannot be written from a thread outside it.
+    Made from the storage and outside inference mode, in which engines make their caches and copiers: a tensor made in
+    it does not become an array.
     """
     g = layers[0]
     step = layers[1].address - g.address if len(layers) > 1 else 0
     storage = cache.untyped_storage()
     with torch.inference_mode(False):
-        whole = torch.empty(0, dtype=torch.uint8, device=cache.device).set_(storage)
-        return whole.as_strided(
-            (len(layers), g.blocks, g.heads, g.sub_blocks, g.tokens, g.token_bytes),
-            (step, g.block_stride, g.head_stride, g.sub_block_stride, g.token_stride, 1),
-            g.address - storage.data_ptr(),
-        )
+        whole: _Bytes = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    pages: _Bytes = as_strided(
+        whole[g.address - storage.data_ptr() :],
+        (len(layers), g.blocks, g.heads, g.sub_blocks, g.tokens, g.token_bytes),
+        (step, g.block_stride, g.head_stride, g.sub_block_stride, g.token_stride, 1),
+    )
+    return pages

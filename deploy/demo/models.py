@@ -1,8 +1,8 @@
 """Small models with random weights, made on the spot: real architectures, no download.
 
-Needs ``transformers`` and ``tokenizers``, which every vLLM brings. The weights are drawn wider than a trainer would draw
-them, so that attention is sharp and what comes out depends on the whole prompt: an engine that reads wrong KV pages
-answers differently.
+Needs ``transformers`` and ``tokenizers``, which every vLLM brings. The weights are drawn wider than a trainer would
+draw them, so that attention is sharp and what comes out depends on the whole prompt: an engine that reads wrong KV
+pages answers differently.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ _CONFIGS: dict[str, Callable[[Size], PretrainedConfig]] = {
 def _write_weights(config: PretrainedConfig, directory: Path, seed: int, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

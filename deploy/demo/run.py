@@ -1,8 +1,8 @@
-"""``make demo``: one daemon, two real vLLM replicas in processes of their own, and what the second one need not compute.
+"""``make demo``: one daemon, two real vLLM replicas in processes of their own, and what the second need not compute.
 
-Replica A computes every prompt once (cold) and stores its KV as it goes. Then A and B answer the same prompts again, A over
-shared memory, B over TCP; their own prefix caches are emptied before each, so what they do not compute comes from kvd.
-Exits 1 if any output differs or nothing came from the cache.
+Replica A computes every prompt once (cold) and stores its KV as it goes. Then A and B answer the same prompts again, A
+over shared memory, B over TCP; their own prefix caches are emptied before each, so what they do not compute comes from
+kvd. Exits 1 if any output differs or a prompt was not found in the cache.
 """
 
 from __future__ import annotations

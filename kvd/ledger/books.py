@@ -72,7 +72,14 @@ class Slots(Protocol):
 class Books:
     """State and transitions; every public method leaves the books consistent. Decides nothing and checks no client."""
 
-    def __init__(self, slots: Slots, generations: Generations, policy: EvictionPolicy, counters: Counters) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        generations: Generations,
+        policy: EvictionPolicy,
+        counters: Counters,
+        first_generation: int = 0,
+    ) -> None:
         self.slots = slots
         self.generations = generations
         self.policy = policy
@@ -81,7 +88,7 @@ class Books:
         self.homes: dict[int, Home] = {}  # by the offset of the slab
         self.by_offset: dict[int, Chunk] = {}  # every slot in use
         self.quarantine: deque[tuple[float, Chunk]] = deque()  # by the time at which each ends
-        self.last_generation = 0
+        self.last_generation = first_generation
         self.last_stamp = 0
 
     # ------------------------------------------------------------ holds and touches

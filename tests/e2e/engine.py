@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -152,6 +153,10 @@ class Engine:
     def finish_generate(self, timeout_s: float = CALL_TIMEOUT_S) -> list[Answer]:
         """The answers to ``start_generate``."""
         return [Answer(**answer) for answer in self._answer(timeout_s)]
+
+    def abandon(self, prompts: list[list[int]], steps: int) -> None:
+        """Begins on the prompts, and aborts them all after so many steps of the engine."""
+        self._call(op="abandon", prompts=prompts, steps=steps)
 
     def reset(self) -> None:
         """Finishes stores, then forgets the engine's own prefix cache: only the connector can supply KV now."""
@@ -300,6 +305,19 @@ class _Server:
             for output in outputs
         ]
 
+    def abandon(self, prompts: list[list[int]], steps: int) -> None:
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        names = [f"abandoned-{time.monotonic_ns()}-{i}" for i in range(len(prompts))]
+        for name, ids in zip(names, prompts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": ids}, SamplingParams(max_tokens=100, ignore_eos=True))
+        for _ in range(steps):
+            engine.step()
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+
     def drain(self) -> None:
         if self.scheduler is None:
             return  # the engine's own process steps by itself
@@ -333,6 +351,8 @@ class _Server:
             while not (done := self.llm.reset_prefix_cache()) and time.monotonic() < deadline:
                 time.sleep(0.05)
             return done
+        if op == "abandon":
+            return self.abandon(**request)
         if op == "drain":
             return self.drain()
         if op == "metrics":
@@ -359,6 +379,7 @@ def main() -> None:
     """The engine's process."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # the engine and its libraries print
+    faulthandler.register(signal.SIGUSR1)  # for whoever looks into an engine that hangs: its stacks go to the log
     if os.environ.get("KVD_TEST_PREFIX_CACHING"):
         _keep_prefix_caching()
     server = _Server(json.loads(sys.argv[1]))

@@ -69,6 +69,13 @@ class House:
     def tcp(self) -> Session:
         return self.sessions.open(client="c", tenant="default", peer="127.0.0.1:1")
 
+    def tick_for(self, seconds: float) -> None:
+        """Time passes, with the daemon at work: a tick at least every second."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(self.now + 1.0, end)
+            self.sessions.tick()
+
     def gone(self, found: Session) -> bool:
         return ("gone", found.id) in self.store.told
 
@@ -167,16 +174,24 @@ def test_a_process_cannot_join_a_session_that_has_ended(house: House) -> None:
 
 def test_silence_ends_a_session_over_tcp_and_none_over_shared_memory(house: House) -> None:
     silent, beating, (local, _) = house.tcp(), house.tcp(), house.shm()
-    house.now += session.SILENCE_S
+    house.tick_for(session.SILENCE_S)
     house.sessions.heard(beating)
     house.sessions.tick()
     assert not silent.ended
-    house.now += 0.1
-    house.sessions.tick()
+    house.tick_for(0.1)
     assert silent.ended
     assert not beating.ended
     assert not local.ended
     assert silent.notes.get_nowait() is None  # its stream ends
+
+
+def test_a_daemon_that_was_stopped_does_not_take_its_own_silence_for_theirs(house: House) -> None:
+    found = house.tcp()
+    house.now += 2 * session.SILENCE_S
+    house.sessions.tick()
+    assert not found.ended
+    house.tick_for(session.SILENCE_S + 0.1)
+    assert found.ended
 
 
 def test_everything_is_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,8 @@ class KvdMetadata(KVConnectorMetadata):
     stores: list[StoreJob] = field(default_factory=list)
     #: Finished requests whose blocks are free again once this step's stores have started.
     finished_sending: set[str] = field(default_factory=set)
+    #: The step has nothing to compute: the engine only waits for transfers.
+    idle: bool = False
 
 
 @dataclass

@@ -161,6 +161,7 @@ class Scheduler:
         if self._matching is None or self._controller is None:
             return orders
         orders.loads = self._matching.take_jobs()
+        orders.idle = not output.total_num_scheduled_tokens
         orders.attachment = self._controller.attachment() if self._revision is not None else None
         try:
             self._order_stores(output, orders)

@@ -51,6 +51,8 @@ class Transfers:
         self._options = options
         self._tally = tally
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
+        self._tasks = 0
         self._outcome = _Outcome(WorkerNews(), set(), set())
         self._path: tuple[int, DataPath] | None = None
         self._path_lock = threading.Lock()  # held while a store starts and while the path is exchanged: both short
@@ -80,7 +82,7 @@ class Transfers:
         if asked and now - self._tried_at < RETRY_S:
             return
         self._wanted, self._tried_at = attachment, now
-        self._loads.put(lambda: self._open(attachment))
+        self._put(self._loads, lambda: self._open(attachment))
 
     def start_store(self, job: StoreJob) -> None:
         """Takes the chunks out of the engine's pages: when this returns, the engine may overwrite them."""
@@ -103,12 +105,18 @@ class Transfers:
         done = threading.Event()
         deadline = time.monotonic() + self._options.load_timeout_s
         mark = self._copier.mark()
-        self._loads.put(lambda: self._load(job, mark, deadline, done))
+        self._put(self._loads, lambda: self._load(job, mark, deadline, done))
         return done
 
     def lose(self, job: LoadJob) -> None:
         """Reports a load that could not even be handed over."""
         self._loaded(job, 0)
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits until a transfer ends, if any is under way."""
+        with self._lock:
+            if self._tasks and not self._outcome.news:
+                self._ended.wait(timeout_s)
 
     def collect(self) -> tuple[WorkerNews, set[str], set[int]]:
         """News for the scheduler, requests whose asynchronous load is over, blocks that were not filled."""
@@ -140,7 +148,7 @@ class Transfers:
         pending = self._copier.start_store(job.blocks, targets, Form.SLOT)
         if pending is None:
             return False
-        self._stores.put(lambda: self._finish_in_place(job, targets, pending, began))
+        self._put(self._stores, lambda: self._finish_in_place(job, targets, pending, began))
         return True
 
     def _finish_in_place(self, job: StoreJob, targets: list[memoryview], pending: Pending, began: float) -> None:
@@ -166,7 +174,7 @@ class Transfers:
                 self._free(size)
         if pending is None:
             return False
-        self._stores.put(lambda: self._finish_packed(path, job, buffers, pending, began))
+        self._put(self._stores, lambda: self._finish_packed(path, job, buffers, pending, began))
         return True
 
     def _finish_packed(
@@ -278,7 +286,7 @@ class Transfers:
             old, self._path = self._path, (attachment.epoch, path)
             if old is not None:
                 # Behind the stores that use the old path: nothing may run into memory that is not there any more.
-                self._stores.put(lambda: self._close(old[1]))
+                self._put(self._stores, lambda: self._close(old[1]))
         logger.info("kvd: data path open (%s)", path.kind)
         with self._lock:
             self._outcome.news.aggregate(WorkerNews(attached={attachment.epoch: 1}))
@@ -288,12 +296,21 @@ class Transfers:
             self._copier.unregister(memory)
         path.close()
 
+    def _put(self, queue: SimpleQueue[Callable[[], None] | None], task: Callable[[], None]) -> None:
+        with self._lock:
+            self._tasks += 1
+        queue.put(task)
+
     def _work(self, queue: SimpleQueue[Callable[[], None] | None]) -> None:
-        while (job := queue.get()) is not None:
+        while (task := queue.get()) is not None:
             try:
-                job()
+                task()
             except Exception:
                 complain("transfer", "kvd: a transfer failed", exc_info=True)
+            finally:
+                with self._lock:
+                    self._tasks -= 1
+                    self._ended.notify_all()
 
 
 def _pieces(location: Location, spans: list[Span], buffer: bytearray) -> list[Piece]:

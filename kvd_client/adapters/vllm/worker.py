@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+#: A step without anything to compute waits so long for a transfer to end. Engines step again at once, and a thread that
+#: spins takes the time (and the GIL) from those that copy.
+IDLE_WAIT_S = 0.002
 #: A synchronous load is waited for this much longer than its own deadline, after which its thread is given up.
 GRACE_S = 5.0
 
@@ -119,6 +122,8 @@ class Worker:
         self.store(orders)
         arrived: set[str] = set()
         if self._transfers is not None:
+            if orders.idle:
+                self._transfers.wait(IDLE_WAIT_S)
             news, arrived, lost = self._transfers.collect()
             self._news.aggregate(news)
             self._lost_blocks |= lost

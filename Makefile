@@ -1,6 +1,9 @@
 # kvd. `make test` and `make demo` work in a fresh clone: they make their own environment in .venv.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
+# Any Python from 3.11 to 3.13 that runs.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+# The Python whose CUDA vLLM `make demo` uses on a machine with a GPU. Nothing is installed into it.
+VLLM_PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
@@ -8,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 #   make test TORCH_INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"
 TORCH_INDEX ?=
 
-.PHONY: demo test test-fast lint proto image run clean
+.PHONY: demo demo-cpu demo-gpu test test-fast lint proto image run clean
 
 # What the daemon, its tests and the linters need; no engine.
 .venv/dev.stamp: pyproject.toml
@@ -33,8 +36,24 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-demo: .venv/engine.stamp
+demo:
+	@if nvidia-smi -L >/dev/null 2>&1 && $(VLLM_PYTHON) -c 'import torch, vllm; assert torch.cuda.is_available()' 2>/dev/null; \
+	then $(MAKE) --no-print-directory demo-gpu; else $(MAKE) --no-print-directory demo-cpu; fi
+
+demo-cpu: .venv/engine.stamp
 	$(BIN)/python -m deploy.demo.run
+
+demo-gpu: .venv-gpu/stamp
+	.venv-gpu/bin/python -m deploy.demo.run
+
+# kvd in an environment of its own that sees the packages of VLLM_PYTHON behind its own.
+.venv-gpu/stamp: pyproject.toml
+	$(VLLM_PYTHON) -m venv .venv-gpu
+	$(VLLM_PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+		> "$$(.venv-gpu/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/engine.pth"
+	.venv-gpu/bin/python -m pip --disable-pip-version-check -q install -e \
+		".[vllm,cuda$$(.venv-gpu/bin/python -c 'import torch; print(torch.version.cuda.partition(".")[0])')]"
+	touch $@
 
 run: .venv/dev.stamp
 	$(BIN)/kvd serve
@@ -51,4 +70,4 @@ image:
 	docker build -t kvd:$$(sed -n 's/^VERSION = "\(.*\)"/\1/p' kvd/wire/version.py) .
 
 clean:
-	rm -rf .venv .venv-proto .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-gpu .venv-proto .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -27,6 +27,7 @@ LOOKUP_TIMEOUT_S = 2.0
 
 _UCRED = struct.Struct("iII")  # pid, uid, gid
 _SO_PEERGROUPS = 59
+_MAX_GROUPS = 256  # Python asks the kernel for 1024 bytes at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def credentials_of(connection: socket.socket) -> Credentials:
     pid, uid, gid = _UCRED.unpack(raw)
     gids = {gid}
     with contextlib.suppress(OSError):  # more groups than we ask for, or a kernel before 4.13: the first one counts
-        groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 1024)
+        groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MAX_GROUPS)
         gids.update(struct.unpack(f"{len(groups) // 4}I", groups))
     return Credentials(pid, uid, frozenset(gids))
 

@@ -132,9 +132,10 @@ class ShmPath:
 
     def intact(self, locations: Sequence[Location]) -> list[bool]:
         """See ``DataPath``."""
-        # Lock and unlock order the loads of the copy before the loads of the table, on every processor.
-        with self._fence:
-            pass
+        # An unlock and then a lock order the loads of the copy before the loads of the table, on every processor.
+        for _ in range(2):
+            with self._fence:
+                pass
         segments = self._segments
         return [_holds(segments.get(location.segment), location) for location in locations]
 

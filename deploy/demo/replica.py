@@ -29,6 +29,8 @@ COUNTERS = {
     "load_failures": "vllm:kvd_load_failures",
 }
 SETTLE_S = 20.0
+#: Asked once before anything is measured: an engine's first steps are slow. Too short to be stored.
+WARM_UP = [5] * 200
 
 
 class Replica:
@@ -46,6 +48,7 @@ class Replica:
             max_num_seqs=4,
             block_size=32,
             kv_cache_memory_bytes=512 << 20,
+            gpu_memory_utilization=0.3,  # of a GPU that both replicas use
             disable_log_stats=False,
             kv_transfer_config={
                 "kv_connector": "KvdConnector",
@@ -116,6 +119,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     with socket.socket(fileno=args.fd) as line, line.makefile("rw") as talk:
         replica = Replica(args.model, args.endpoint, args.max_tokens)
+        replica.ask(WARM_UP, tokens=2, cold=True)
         print(json.dumps({"ready": True}), file=talk, flush=True)
         for request in talk:
             message = json.loads(request)

@@ -7,12 +7,8 @@ kvd. Exits 1 if any output differs or a prompt was not found in the cache.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import select
 import shutil
-import socket
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,8 +21,8 @@ from typing import Any
 
 from deploy.demo.conversations import make_conversations
 from deploy.demo.models import make_model
+from deploy.demo.processes import END_S, ROOT, Daemon, Failed, Replica, environment
 
-ROOT = Path(__file__).resolve().parents[2]
 #: About 100 million parameters: small enough for two CPU cores, big enough that computing a prompt is felt.
 MODEL = {"layers": 6, "hidden": 1024, "heads": 16, "kv_heads": 8, "intermediate": 2816, "vocabulary": 2000}
 MAX_TOKENS = 3072
@@ -34,94 +30,10 @@ CONVERSATIONS = 2
 TURNS = 3
 ANSWER_TOKENS = 16
 
-DAEMON_START_S = 30.0
-REPLICA_START_S = 300.0
-ANSWER_S = 300.0
-END_S = 30.0
-
 
 def say(text: str) -> None:
     """A line of progress."""
     print(f"  {text}", flush=True)
-
-
-class Daemon:
-    """``kvd serve`` on paths of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self.log = directory / "daemon.log"
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvd", "serve", "--pool", "1GiB", "--socket", str(directory / "kvd.sock")]
-                + ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=_environment(),
-            )
-        assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], DAEMON_START_S)[0]:
-            self.close()
-            raise TimeoutError("the daemon did not start")
-        self.line = self._process.stdout.readline().strip()
-        found = {kind: re.search(rf"{kind}\S+", self.line) for kind in ("unix:", "tcp://", "http://")}
-        if None in found.values():
-            self.close()
-            raise RuntimeError(f"the daemon did not start: {self.line or self.log.read_text()}")
-        self.unix, self.tcp, self.http = (match.group() for match in found.values() if match)
-
-    def close(self) -> None:
-        """Ends it."""
-        _end(self._process)
-
-
-class Replica:
-    """A vLLM engine in a process of its own."""
-
-    def __init__(self, name: str, model: Path, endpoint: str, directory: Path) -> None:
-        self.name, self.endpoint = name, endpoint
-        self._log = directory / f"replica-{name}.log"
-        ours, theirs = socket.socketpair()
-        with self._log.open("w") as log, theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.demo.replica", "--model", str(model), "--endpoint", endpoint]
-                + ["--max-tokens", str(MAX_TOKENS), "--fd", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=_environment(),
-                cwd=ROOT,
-            )
-        self._socket = ours
-        self._talk = ours.makefile("rw")
-
-    def wait_ready(self) -> None:
-        """Waits until the engine can be asked."""
-        self._read(REPLICA_START_S)
-
-    def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """One request and its answer. Raises RuntimeError with the end of the engine's log when there is none."""
-        print(json.dumps({"op": op, **arguments}), file=self._talk, flush=True)
-        return self._read(ANSWER_S)
-
-    def _read(self, timeout_s: float) -> dict[str, Any]:
-        self._socket.settimeout(timeout_s)
-        try:
-            line = self._talk.readline()
-        except TimeoutError:
-            line = ""
-        if not line:
-            end = "\n".join(self._log.read_text(errors="replace").splitlines()[-30:])
-            raise RuntimeError(f"replica {self.name} does not answer. The end of its log:\n{end}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """Ends it."""
-        self._talk.close()
-        self._socket.close()
-        _end(self._process)
 
 
 @dataclass
@@ -131,6 +43,7 @@ class Pass:
     title: str
     answers: list[dict[str, Any]]
     moved: str
+    from_kvd: int = 0  # prompt tokens, by the engine's own count
     identical: str = ""
 
 
@@ -157,12 +70,26 @@ def play_warm(replica: Replica, prompts: list[list[int]], way: str) -> Pass:
     for number, prompt in enumerate(prompts, 1):
         answers.append(replica.request("ask", prompt=prompt, tokens=ANSWER_TOKENS, cold=False))
         say(f"prompt {number}: {_one(answers[-1])}")
-    loaded = replica.request("counters")["loaded_bytes"]
-    return Pass(f"{replica.name} warm, {way}", answers, f"{_mib(loaded)} loaded")
+    counters = replica.request("counters")
+    moved = f"{_mib(counters['loaded_bytes'])} loaded"
+    return Pass(f"{replica.name} warm, {way}", answers, moved, counters["kvd_tokens"])
 
 
 def main() -> int:
     """Plays the demo; returns the exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end like Ctrl-C, by way of everything that cleans up
+        signal.signal(number, lambda signum, _: sys.exit(128 + signum))
+    try:
+        return play()
+    except Failed as failure:
+        print(f"\n  FAILED: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def play() -> int:
+    """Plays; returns 0 if every output was right and came from where it should. Raises Failed."""
     home = ROOT / ".demo"
     home.mkdir(exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="kvd-demo-"))
@@ -177,11 +104,12 @@ def main() -> int:
         replicas = []
         for name, endpoint in (("A", daemon.unix), ("B", daemon.tcp)):
             say(f"starting replica {name} at {endpoint}: a real vLLM, this takes a while")
-            replicas.append(Replica(name, model, endpoint, directory))
+            replicas.append(Replica(name, model, MAX_TOKENS, endpoint, directory))
             stack.callback(replicas[-1].close)
         a, b = replicas
-        a.wait_ready()
-        b.wait_ready()
+        for replica in replicas:
+            replica.wait_ready()
+            say(f"replica {replica.name} is ready, {time.monotonic() - began:.0f} s after the start")
 
         say("replica A computes everything, and stores it as it goes")
         prompts, cold = play_cold(a)
@@ -193,17 +121,19 @@ def main() -> int:
         good = True
         for one in (warm_a, warm_b):
             same = all(x["tokens"] == y["tokens"] for x, y in zip(one.answers, cold.answers, strict=True))
+            # Every prompt hit, and all that was not computed came from kvd.
             hit = all(answer["cached_tokens"] > 0 for answer in one.answers)
+            hit = hit and one.from_kvd == sum(answer["cached_tokens"] for answer in one.answers)
             one.identical = "yes" if same else "NO"
             good = good and same and hit
         _table([cold, warm_a, warm_b])
         print(f"\n  {time.monotonic() - began:.0f} s in all. What the daemon says (kvd status):\n")
         status = [sys.executable, "-m", "kvd", "status", "--endpoint", daemon.unix]
-        subprocess.run(status, env=_environment(), timeout=END_S, check=False)
+        subprocess.run(status, env=environment(), timeout=END_S, check=False)
         print("\n  Look next: `make run` starts a daemon that stays; then `.venv/bin/kvd status`, and its metrics at")
         print("  http://127.0.0.1:7441/metrics. README.md says how to point your vLLM at it.")
         if not good:
-            print("\n  FAILED: an output differs, or a prompt was not found in the cache", file=sys.stderr)
+            print("\n  FAILED: an output differs, or a prompt did not come from the cache", file=sys.stderr)
         return 0 if good else 1
 
 
@@ -232,21 +162,6 @@ def _one(answer: dict[str, Any]) -> str:
 
 def _mib(count: int) -> str:
     return f"{count / (1 << 20):.0f} MiB"
-
-
-def _environment() -> dict[str, str]:
-    """This process's, without settings of another kvd."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("KVD_")}
-    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))}
-
-
-def _end(process: subprocess.Popen[Any]) -> None:
-    process.terminate()
-    try:
-        process.wait(END_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import grp
 import ipaddress
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from kvd.peers import Access, Credentials, credentials_of, loopback_uid, parse_grpc_peer
 from kvd.wire.errors import Unauthenticated
 
+ROOT = Path(__file__).resolve().parents[2]
 STRANGER = 54321
 
 
@@ -44,6 +47,19 @@ def test_the_kernel_says_who_is_at_the_other_end_of_a_unix_socket() -> None:
         found = credentials_of(ours)
     assert (found.pid, found.uid) == (os.getpid(), os.getuid())
     assert os.getgid() in found.gids
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can take on groups")
+def test_every_group_of_the_peer_counts() -> None:
+    code = (
+        "import socket; from kvd.peers import credentials_of; ours, theirs = socket.socketpair(); "
+        "print(*credentials_of(ours).gids)"
+    )
+    further = [STRANGER, STRANGER + 1]
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, extra_groups=further, capture_output=True, text=True, check=True
+    ).stdout
+    assert set(further) <= {int(gid) for gid in printed.split()}
 
 
 def test_the_daemons_user_and_root_are_let_in_and_others_are_not() -> None:

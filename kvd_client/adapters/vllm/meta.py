@@ -141,3 +141,5 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
 
     geometry: Geometry | None
     problem: str = ""
+    #: Bytes that this rank can take out of its pages in one step without holding it up.
+    step_bytes: int = 0

@@ -19,8 +19,7 @@ class Options:
     lookup_timeout_s: float = 0.1
     #: A load that has not arrived after this time is computed instead.
     load_timeout_s: float = 5.0
-    #: Longest time a finished request's blocks are kept for a store that has not started, and how long a store's
-    #: bytes may be under way.
+    #: Longest time a finished request's blocks are kept for a store that has not started.
     store_timeout_s: float = 1.0
     #: Tokens of a chunk, a multiple of the engine's block; None = chosen from the model.
     chunk_tokens: int | None = None

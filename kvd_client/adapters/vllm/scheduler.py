@@ -89,9 +89,8 @@ class Scheduler:
             load_async = True
         self._geometry = geometry
         self._matching = Matching(self._controller, grid, self._ranks, load_async=load_async)
-        self._storing = Storing(
-            self._controller, grid, self._ranks, geometry.chunk_bytes, self._options.store_timeout_s
-        )
+        step_chunks = max(1, sum(fact.step_bytes for fact in facts) // geometry.chunk_bytes)
+        self._storing = Storing(self._controller, grid, self._ranks, step_chunks, self._options.store_timeout_s)
         if self._revision is not None:
             wait([self._revision], IDENTIFY_WAIT_S)
             self._controller.await_daemon(CONNECT_WAIT_S)

@@ -22,8 +22,6 @@ from kvd_client.leases import WriteLease
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-#: Most bytes (all ranks together) that one step takes out of its pages; the rest follows at later steps.
-STEP_BYTES = 128 << 20
 #: A store job of which the workers say nothing for so long is given up, and its slots with the session.
 JOB_TIMEOUT_S = 60.0
 
@@ -60,15 +58,16 @@ class _Job:
 
 
 class Storing:
-    """Called on the engine's thread. ``chunk_bytes`` counts all ranks."""
+    """Called on the engine's thread. ``step_chunks``: most chunks that one step takes out of their pages; at most twice
+    as many are on their way at any time, and the others wait."""
 
     def __init__(
-        self, controller: Controller, grid: Grid, ranks: int, chunk_bytes: int, store_timeout_s: float
+        self, controller: Controller, grid: Grid, ranks: int, step_chunks: int, store_timeout_s: float
     ) -> None:
         self._controller = controller
         self._grid = grid
         self._ranks = ranks
-        self._step_chunks = max(1, STEP_BYTES // chunk_bytes)
+        self._step_chunks = step_chunks
         self._timeout_s = store_timeout_s
         self._requests: dict[str, _Request] = {}
         self._batch: list[_Chunk] = []
@@ -159,8 +158,10 @@ class Storing:
         ``blocks_of``: the block table of a request that runs in this step. ``attached``: all ranks have a data path.
         """
         ready: dict[int, list[tuple[_Chunk, list[int]]]] = {}
-        left, now, done = self._step_chunks, time.monotonic(), set()
-        for request_id, state in self._requests.items():
+        sent = sum(len(job.keys) for job in self._jobs.values())
+        left, now, done = min(self._step_chunks, 2 * self._step_chunks - sent), time.monotonic(), set()
+        # Those that have finished first: their blocks are kept for nothing else.
+        for request_id, state in sorted(self._requests.items(), key=lambda item: item[1].blocks is None):
             if state.granted and attached and left > 0:
                 blocks = state.blocks if state.blocks is not None else blocks_of(request_id)
                 left -= self._pick(state, blocks or [], left, ready)

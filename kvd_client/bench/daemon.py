@@ -1,0 +1,76 @@
+"""A daemon for a benchmark: on paths and ports of its own, gone afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from types import TracebackType
+from typing import Self
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 30.0
+
+
+class BenchDaemon:
+    """``kvd serve`` with a pool of ``pool_bytes`` (whole MiB). ``start_s``: from its start to SERVING, seconds."""
+
+    def __init__(self, pool_bytes: int, *, populate: str = "start") -> None:
+        self._directory = tempfile.mkdtemp(prefix="kvd-bench-")
+        socket = os.path.join(self._directory, "kvd.sock")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("KVD_")}
+        began = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kvd", "serve", "--socket", socket, "--listen", "127.0.0.1:0"]
+            + ["--http", "127.0.0.1:0", "--pool", f"{pool_bytes >> 20}MiB", "--populate", populate]
+            + ["--log-level", "error"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert self._process.stdout is not None
+        answered = select.select([self._process.stdout], [], [], START_TIMEOUT_S)[0]
+        line = self._process.stdout.readline() if answered else ""
+        self.start_s = time.perf_counter() - began
+        tcp = re.search(r"tcp://\S+", line)
+        if tcp is None:
+            self.close()
+            raise RuntimeError("the daemon did not start: see what it has said above")
+        self.unix_endpoint, self.tcp_endpoint = f"unix:{socket}", tcp.group()
+
+    def rss_bytes(self) -> int:
+        """Resident memory of the daemon beside its pool: private pages, and files."""
+        with open(f"/proc/{self._process.pid}/status") as status:
+            fields = dict(line.split(":", 1) for line in status)
+        return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssFile"))
+
+    def cpu_s(self) -> float:
+        """Processor time that the daemon has used, seconds."""
+        with open(f"/proc/{self._process.pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        """Ends it and removes its files."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

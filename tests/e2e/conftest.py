@@ -24,6 +24,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def expected(model: Callable[..., Path]) -> Iterator[Callable[..., list[list[int]]]]:
-    """``expected(prompts, max_tokens)``: what the llama answers when there is no connector at all."""
-    with Engine(model("llama"), without=True) as plain:
+    """``expected(prompts, max_tokens)``: what the llama answers, in float32, when there is no connector at all."""
+    with Engine(model("llama"), without=True, dtype="float32") as plain:
         yield lambda prompts, max_tokens=8: [a.tokens for a in plain.generate(prompts, max_tokens=max_tokens)]

@@ -134,6 +134,9 @@ class ControlService:
     # -- requests without a session
 
     async def _stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
+        peer = parse_grpc_peer(context.peer())
+        if peer is not None:  # who may connect to the Unix socket, its mode has decided
+            await self._access.identify_tcp(*peer, self._facts.listen_port)
         return self._facts.stats()
 
     async def _drop(self, request: pb.DropRequest, context: Context) -> pb.DropResponse:

@@ -147,7 +147,8 @@ class KvdServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Stats(self, request, context):
-        """The state of the daemon, for `kvd status` and for clients that want to know. Needs no session.
+        """The state of the daemon, for `kvd status` and for clients that want to know. Needs no session, but a peer that
+        could open one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -28,14 +28,14 @@ def request(tokens: int, name: str = "a") -> FakeRequest:
 
 
 def store(controller: FakeController, prompt: FakeRequest, chunks: int) -> None:
-    controller.stored |= {GRID.key(prompt.block_hashes, i) for i in range(chunks)}
+    controller.stored |= {GRID.key(prompt, i) for i in range(chunks)}
 
 
 def test_the_longest_stored_prefix_is_offered(matching: Matching, controller: FakeController) -> None:
     prompt = request(300)
     store(controller, prompt, 3)
     assert matching.match(prompt, 0) == (192, True, 3)
-    assert controller.lookups == [([GRID.key(prompt.block_hashes, i) for i in range(4)], 0)]
+    assert controller.lookups == [([GRID.key(prompt, i) for i in range(4)], 0)]
 
 
 def test_a_token_is_always_left_to_compute(matching: Matching, controller: FakeController) -> None:

@@ -32,7 +32,7 @@ def request(tokens: int, name: str = "a") -> FakeRequest:
 
 
 def keys(prompt: FakeRequest) -> list[bytes]:
-    return [GRID.key(prompt.block_hashes, i) for i in range(len(prompt.block_hashes) // 4)]
+    return [GRID.key(prompt, i) for i in range(len(prompt.block_hashes) // 4)]
 
 
 def blocks(_: str) -> list[int]:
@@ -275,3 +275,14 @@ def test_workers_that_never_report_do_not_keep_the_engine_stepping(
     assert not storing.pending
     reported(storing, job)
     assert controller.committed == [] and controller.aborted == []
+
+
+def test_slots_that_cannot_be_filled_are_given_back(
+    storing: Storing, controller: FakeController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storing_module, "GRANT_TIMEOUT_S", -1.0)
+    prompt = request(150)
+    step(storing, (prompt, 150), attached=False)
+    controller.answer()
+    assert step(storing, attached=False) == ([], set())
+    assert controller.aborted == keys(prompt)

@@ -28,6 +28,7 @@ class FakeRequest:
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
     skip_reading_prefix_cache: bool | None = False
+    lora_request: Any = None
 
 
 @dataclass(eq=False)

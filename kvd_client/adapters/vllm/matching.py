@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvd_client.adapters.vllm.lora import Adapters
 from kvd_client.adapters.vllm.meta import NO_EPOCH, NULL_BLOCK, LoadJob, LoadReport
 from kvd_client.leases import ReadLease
 
@@ -20,19 +21,20 @@ MISS_AGE_S = 0.25
 
 @dataclass(frozen=True)
 class Grid:
-    """How the engine's blocks make chunks."""
+    """How the engine's blocks make chunks, and what names them."""
 
     block_tokens: int
     chunk_blocks: int
+    adapters: Adapters = field(default_factory=Adapters)
 
     @property
     def chunk_tokens(self) -> int:
         """Tokens of a chunk."""
         return self.block_tokens * self.chunk_blocks
 
-    def key(self, hashes: list[bytes], chunk: int) -> bytes:
-        """Key of a chunk: the chained hash of its last block."""
-        return bytes(hashes[(chunk + 1) * self.chunk_blocks - 1])
+    def key(self, request: Request, chunk: int) -> bytes:
+        """Key of a chunk: the chained hash of its last block, with the weights of the request's adapter."""
+        return self.adapters.key(request, request.block_hashes[(chunk + 1) * self.chunk_blocks - 1])
 
     def full_chunks(self, hashes: list[bytes]) -> int:
         """Chunks whose key is known."""
@@ -88,10 +90,12 @@ class Matching:
         skip = computed // grid.chunk_tokens
         if request.request_id in self._no_more or request.skip_reading_prefix_cache or skip >= chunks:
             return 0, False, 0
+        if grid.adapters.salt(request) is None:
+            return 0, False, 0
         match = self._matches.get(request.request_id)
         if match is None or not self._fresh(match, computed):
             self.forget(request.request_id)
-            lease = self._controller.lookup([grid.key(hashes, i) for i in range(chunks)], skip)
+            lease = self._controller.lookup([grid.key(request, i) for i in range(chunks)], skip)
             held = skip + len(lease) if lease is not None and len(lease) else 0
             tokens = max(0, min(held * grid.chunk_tokens, limit) - computed)
             match = _Match(time.monotonic(), computed, skip, lease, tokens)

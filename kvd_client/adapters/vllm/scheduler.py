@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvd_client.adapters.vllm.controller import Controller
 from kvd_client.adapters.vllm.identity import build_identity, check_cacheable, weights_revision
 from kvd_client.adapters.vllm.log import complain, logger
+from kvd_client.adapters.vllm.lora import Adapters
 from kvd_client.adapters.vllm.matching import Grid, Matching
 from kvd_client.adapters.vllm.meta import Geometry, KvdMetadata, WorkerFacts, WorkerNews
 from kvd_client.adapters.vllm.options import Options
@@ -52,6 +53,7 @@ class Scheduler:
         self._ranks = config.parallel_config.world_size
         self._attached: dict[int, int] = {}
         self._requests: dict[str, Request] = {}
+        self._adapters = Adapters()
         self._orphans: set[str] = set()  # requests from before a reset: their pages belong to another namespace
         transfer = config.kv_transfer_config
         assert transfer is not None
@@ -79,7 +81,7 @@ class Scheduler:
         if problem is not None or geometry is None:
             self._refuse(problem or "no rank has shown its KV caches")
             return
-        grid = Grid(geometry.block_tokens, geometry.chunk_blocks)
+        grid = Grid(geometry.block_tokens, geometry.chunk_blocks, self._adapters)
         load_async = self._options.load_async
         if not load_async and self._config.scheduler_config.async_scheduling:
             logger.warning(
@@ -97,6 +99,7 @@ class Scheduler:
 
     def close(self) -> None:
         """The end of the engine."""
+        self._adapters.close()
         if self._storing is not None:
             self._storing.close()
         if self._controller is not None:
@@ -150,7 +153,9 @@ class Scheduler:
         self._matching.end(request_id)
         # What was counted as computed because it was to be loaded, or is still in flight, is not.
         computed = 0 if loading or orphan else request.num_computed_tokens - request.num_in_flight_tokens
-        return self._storing.finished(request, computed if self._stores else 0, blocks[0] if blocks else [])
+        keep = self._storing.finished(request, computed if self._stores else 0, blocks[0] if blocks else [])
+        self._adapters.end(request_id)
+        return keep
 
     # -- a step
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 #: A store job of which the workers say nothing for so long is given up, and its slots with the session.
 JOB_TIMEOUT_S = 60.0
+#: A slot that was granted is given back when its chunk could not be sent for so long: the workers have no data path, or
+#: the request does not run.
+GRANT_TIMEOUT_S = 10.0
 
 
 @dataclass(eq=False)
@@ -44,6 +47,7 @@ class _Request:
     rewound_at: int | None = None  # the last ticket before the cursor went back to the start
     asked: set[_Chunk] = field(default_factory=set)
     granted: dict[int, _Chunk] = field(default_factory=dict)
+    granted_at: float = 0.0  # the last time that a chunk was granted or sent
     blocks: list[int] | None = None  # set when it has finished and its blocks are kept for us ...
     deadline: float = 0.0  # ... until then
 
@@ -131,13 +135,13 @@ class Storing:
         grid, hashes = self._grid, request.block_hashes
         state = self._requests.setdefault(request.request_id, _Request())
         end = min(tokens // grid.chunk_tokens, grid.full_chunks(hashes))
-        if state.stopped or end <= state.cursor or not self._controller.ready:
+        if state.stopped or end <= state.cursor or not self._controller.ready or grid.adapters.salt(request) is None:
             return
         while state.cursor < end and len(self._under_way) < MAX_CHUNKS:
-            index, key = state.cursor, grid.key(hashes, state.cursor)
+            index, key = state.cursor, grid.key(request, state.cursor)
             state.cursor += 1
             if key not in self._under_way:
-                chunk = _Chunk(request.request_id, index, key, grid.key(hashes, index - 1) if index else ROOT)
+                chunk = _Chunk(request.request_id, index, key, grid.key(request, index - 1) if index else ROOT)
                 self._under_way.add(key)
                 state.asked.add(chunk)
                 self._batch.append(chunk)
@@ -157,6 +161,7 @@ class Storing:
 
         ``blocks_of``: the block table of a request that runs in this step. ``attached``: all ranks have a data path.
         """
+        self._expire_jobs()
         ready: dict[int, list[tuple[_Chunk, list[int]]]] = {}
         sent = sum(len(job.keys) for job in self._jobs.values())
         left, now, done = min(self._step_chunks, 2 * self._step_chunks - sent), time.monotonic(), set()
@@ -167,6 +172,9 @@ class Storing:
                 left -= self._pick(state, blocks or [], left, ready)
             if state.blocks is not None and now > state.deadline:
                 self._drop(state)
+            elif state.granted and now > state.granted_at + GRANT_TIMEOUT_S:
+                self._drop(state)
+                state.stopped = True
             if state.blocks is not None and not state.asked and not state.granted:
                 done.add(request_id)
         for request_id in done:
@@ -176,11 +184,7 @@ class Storing:
     @property
     def pending(self) -> bool:
         """Whether workers owe reports."""
-        now = time.monotonic()
-        late = [job_id for job_id, job in self._jobs.items() if now > job.deadline]
-        for job_id in late:
-            complain("lost-job", "kvd: the workers have not reported on a store; its slots are given up")
-            self._under_way.difference_update(self._jobs.pop(job_id).keys)
+        self._expire_jobs()
         return bool(self._jobs)
 
     def report(self, job_id: int, report: StoreReport) -> None:
@@ -206,6 +210,13 @@ class Storing:
 
     # -- inside
 
+    def _expire_jobs(self) -> None:
+        now = time.monotonic()
+        for job_id in [job_id for job_id, job in self._jobs.items() if now > job.deadline]:
+            # Not aborted: nobody knows whether a copy is still under way. The daemon takes the slots with the session.
+            complain("lost-job", "kvd: the workers have not reported on a store; its slots are given up")
+            self._under_way.difference_update(self._jobs.pop(job_id).keys)
+
     def _judge(self, answer: Answer, i: int, chunk: _Chunk, state: _Request | None, orphans: set[str]) -> None:
         result = answer.lease.results[i] if answer.lease is not None else None
         if answer.lease is not None and result is not None and result.status == ReserveStatus.GRANTED:
@@ -214,6 +225,7 @@ class Storing:
                 self._give_up(chunk)
             else:
                 state.granted[chunk.index] = chunk
+                state.granted_at = time.monotonic()
             return
         if not chunk.dropped:
             self._under_way.discard(chunk.key)
@@ -242,6 +254,7 @@ class Storing:
             if len(its_blocks) < self._grid.chunk_blocks or chunk.lease is None:
                 break
             del state.granted[index]
+            state.granted_at = time.monotonic()
             ready.setdefault(id(chunk.lease), []).append((chunk, its_blocks))
             picked += 1
         return picked

@@ -208,7 +208,7 @@ class Transfers:
     def _load(self, job: LoadJob, mark: Mark | None, deadline: float, done: threading.Event) -> None:
         began, good = time.monotonic(), 0
         try:
-            path = self._await_path(job.epoch)
+            path = self._await_path(job.epoch) if time.monotonic() < deadline else None
             if path is not None:
                 good = self._copy(path, job, mark, deadline)
         except Exception:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 
@@ -25,19 +24,19 @@ def is_commit(text: str | None) -> bool:
     return text is not None and _COMMIT.fullmatch(text) is not None
 
 
-def weight_files(model: str) -> list[Path]:
+def weight_files(model: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """The files with the weights of a local model (a directory, or one file). Raises Unidentified for none."""
     path = Path(model)
     if path.is_file():
         return [path]
-    files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-    if not files:
+    files = sorted(f for f in path.rglob("*") if f.suffix in suffixes and f.is_file())
+    if not any(f.suffix in SUFFIXES for f in files):
         raise Unidentified(f"no weights ({', '.join(SUFFIXES)}) found in {model}")
     return files
 
 
-def digest(model: str) -> str:
-    """Digest of all bytes of the weights of a local model, and of the files' names.
+def digest(model: str, suffixes: tuple[str, ...] = SUFFIXES) -> str:
+    """Digest of all bytes of the files of a local model with these suffixes, and of the files' names.
 
     Every byte is read (at the speed of the disk, GIL released), because nothing less tells two fine-tunings of one
     model apart: same names, same sizes, same headers. Raises Unidentified, also when a file cannot be read.
@@ -46,7 +45,7 @@ def digest(model: str) -> str:
     buffer = bytearray(READ_BYTES)
     view = memoryview(buffer)
     try:
-        for path in weight_files(model):
+        for path in weight_files(model, suffixes):
             content = xxhash.xxh3_128()
             with path.open("rb", buffering=0) as file:
                 while size := file.readinto(buffer):
@@ -57,6 +56,13 @@ def digest(model: str) -> str:
     return "xxh3-" + total.hexdigest()
 
 
-def size_bytes(model: str) -> int:
-    """Size of the weights of a local model, for the log."""
-    return sum(os.path.getsize(path) for path in weight_files(model))
+def signature(model: str, suffixes: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of change of those files: what shows, without reading them, that they are other ones now.
+
+    Raises Unidentified.
+    """
+    try:
+        found = [(path.name, path.stat()) for path in weight_files(model, suffixes)]
+    except OSError as error:
+        raise Unidentified(f"{model} cannot be read: {error}") from error
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)

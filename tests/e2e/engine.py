@@ -129,7 +129,7 @@ class Engine:
         try:
             assert self._answer(START_TIMEOUT_S) == "ready"
         except BaseException:
-            self.close(keep_log=True)
+            self.close()
             raise
 
     # -- what it does
@@ -195,7 +195,7 @@ class Engine:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(30)
 
-    def close(self, *, keep_log: bool = False) -> None:
+    def close(self) -> None:
         """Leaves nothing behind."""
         if self._process.poll() is None:
             with contextlib.suppress(OSError):
@@ -210,8 +210,7 @@ class Engine:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        if not keep_log:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
         _alive.discard(self)
 
     def __enter__(self) -> Engine:

@@ -231,3 +231,19 @@ def test_statistics_add_up_and_start_again() -> None:
     assert not total.is_empty()
     total.reset()
     assert total.is_empty()
+
+
+def test_a_pipeline_rank_knows_which_of_the_models_layers_it_has() -> None:
+    from kvd_client.adapters.vllm.worker import _layers
+
+    def of(ranks: int) -> Any:
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(pipeline_parallel_size=ranks),
+            model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 12),
+        )
+
+    names = [f"model.layers.{i}.self_attn.attn" for i in (11, 9, 10)]
+    assert _layers(of(1), names) == (names, 0, 3)
+    assert _layers(of(2), names) == ([names[1], names[2], names[0]], 9, 12)
+    with pytest.raises(Unidentified, match="pipeline"):
+        _layers(of(2), [names[0], names[1]])

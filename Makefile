@@ -29,7 +29,7 @@ test: lint .venv/engine.stamp
 	$(BIN)/python -m pytest
 
 test-fast: lint
-	$(BIN)/python -m pytest -m 'not engine and not soak and not slow'
+	$(BIN)/python -m pytest -q -n $$(nproc) -m 'not engine and not soak and not slow'
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -140,15 +140,18 @@ class Engine:
         *,
         max_tokens: int = 8,
         salt: str | None = None,
+        lora: Path | None = None,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> list[Answer]:
         """Greedy output for each prompt, with logprobs."""
-        self.start_generate(prompts, max_tokens=max_tokens, salt=salt)
+        self.start_generate(prompts, max_tokens=max_tokens, salt=salt, lora=lora)
         return self.finish_generate(timeout_s)
 
-    def start_generate(self, prompts: list[list[int]], *, max_tokens: int = 8, salt: str | None = None) -> None:
+    def start_generate(
+        self, prompts: list[list[int]], *, max_tokens: int = 8, salt: str | None = None, lora: Path | None = None
+    ) -> None:
         """Begins what ``finish_generate`` waits for."""
-        self._ask(op="generate", prompts=prompts, max_tokens=max_tokens, salt=salt)
+        self._ask(op="generate", prompts=prompts, max_tokens=max_tokens, salt=salt, lora=str(lora) if lora else None)
 
     def finish_generate(self, timeout_s: float = CALL_TIMEOUT_S) -> list[Answer]:
         """The answers to ``start_generate``."""
@@ -289,12 +292,16 @@ class _Server:
 
         return timed
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, salt: str | None) -> list[dict[str, Any]]:
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int, salt: str | None, lora: str | None
+    ) -> list[dict[str, Any]]:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
+        adapter = LoRARequest("tuned", 1, lora) if lora else None
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=3)
         inputs = [{"prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})} for ids in prompts]
-        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        outputs = self.llm.generate(inputs, sampling, lora_request=adapter, use_tqdm=False)
         return [
             {
                 "tokens": list(output.outputs[0].token_ids),

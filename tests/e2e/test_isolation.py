@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from kvd.wire.lifeline import socket_path
 from tests.daemon import Daemon
-from tests.e2e.engine import Engine, prompt
+from tests.e2e.engine import Answer, Engine, prompt
 from tests.raw import RawLifeline
+from tests.wait import wait_until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -71,6 +73,50 @@ def test_other_weights_of_the_same_name_and_shape_never_share(model: Callable[..
             second.reset()
             assert second.generate([long])[0].tokens == of_second.tokens
         assert len(daemon.stats().namespaces) == 2
+
+
+def write_adapter(directory: Path, seed: int) -> Path:
+    """A LoRA adapter for the tiny llama, other weights for another seed."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(4):
+        for module, outputs in (("q_proj", 256), ("v_proj", 64)):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(8, 256, generator=draw)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, 8, generator=draw)
+    directory.mkdir(exist_ok=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_an_adapter_trained_anew_under_its_old_path_is_not_taken_for_the_old_one(
+    model: Callable[..., Path], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "dtype": "float32"}
+    long = prompt(8, 256 + 9)
+    tokens = []
+    with Daemon() as daemon:
+        for seed in (1, 2):
+            lora = write_adapter(tmp_path / "tuned", seed)
+            with Engine(model("llama"), endpoint=daemon.unix_endpoint, **options) as engine:
+                answers = [engine.generate([long], lora=lora)[0]]
+
+                def shared(engine: Engine = engine, lora: Path = lora, answers: list[Answer] = answers) -> bool:
+                    engine.reset()
+                    answers += engine.generate([long], lora=lora)
+                    return answers[-1].cached == 256
+
+                wait_until(shared, 60, "the adapter to be read, and its pages to be shared")
+                assert {answer.cached for answer in answers[:-1]} == {0}
+                assert all(answer.tokens == answers[0].tokens for answer in answers)
+                tokens.append(answers[0].tokens)
+        assert tokens[0] != tokens[1]
+        assert daemon.audit() == []
 
 
 def test_a_hybrid_model_answers_and_says_that_it_is_not_cached(model: Callable[..., Path]) -> None:

@@ -77,7 +77,9 @@ class Engine:
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="kvd-engine-", dir="/tmp"))
         self._log = self.directory / "log"
-        extra = {**({"endpoint": endpoint} if endpoint else {}), **(connector or {})}
+        # A busy machine may keep a daemon waiting for longer than a lookup's deadline: only tests of deadlines want it.
+        patient = {"lookup_timeout_s": 5.0}
+        extra = {**patient, **({"endpoint": endpoint} if endpoint else {}), **(connector or {})}
         ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
         arguments: dict[str, Any] = {
             "model": str(model),
@@ -199,7 +201,8 @@ class Engine:
         self._process.wait(30)
 
     def close(self) -> None:
-        """Leaves nothing behind."""
+        """Leaves nothing behind, nor what vLLM leaves of its ranks' shared memory."""
+        shared = self._shared_memory()
         if self._process.poll() is None:
             with contextlib.suppress(OSError):
                 assert self._process.stdin is not None
@@ -213,8 +216,20 @@ class Engine:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+        for path in shared:
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
         _alive.discard(self)
+
+    def _shared_memory(self) -> set[Path]:
+        """Files in /dev/shm that processes of this engine have mapped."""
+        found = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has just ended
+                if os.getpgid(int(process.name)) == self._process.pid:
+                    maps = (process / "maps").read_text().splitlines()
+                    found |= {Path(line.split()[5]) for line in maps if " /dev/shm/" in line}
+        return found
 
     def __enter__(self) -> Engine:
         return self

@@ -54,7 +54,8 @@ class Replica:
                 "kv_connector": "KvdConnector",
                 "kv_connector_module_path": "kvd_client.adapters.vllm",
                 "kv_role": "kv_both",
-                "kv_connector_extra_config": {"endpoint": endpoint},
+                # Two replicas and a daemon on two cores: the daemon may have to wait for its turn.
+                "kv_connector_extra_config": {"endpoint": endpoint, "lookup_timeout_s": 2.0},
             },
         )
         self._engine = self._llm.llm_engine

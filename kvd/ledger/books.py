@@ -44,9 +44,6 @@ class Slots(Protocol):
     def taken_bytes(self) -> int:
         """Bytes of slots in use."""
 
-    def slot_sizes(self) -> list[int]:
-        """Slot sizes that have slabs."""
-
     def slot_bytes(self, chunk_bytes: int) -> int:
         """Size of the slot of a chunk."""
 

@@ -116,10 +116,6 @@ class SlabAllocator:
         """Bytes of slots in use. What is neither free nor taken is idle: free slots and remainders of slabs."""
         return self._taken_bytes
 
-    def slot_sizes(self) -> list[int]:
-        """The slot sizes that have slabs now, bytes."""
-        return list(self._classes)
-
     @staticmethod
     def slot_bytes(chunk_bytes: int) -> int:
         """Size of the slot that a chunk of ``chunk_bytes`` gets."""

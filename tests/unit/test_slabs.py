@@ -43,11 +43,11 @@ def test_every_byte_of_the_pool_can_be_given_out() -> None:
 def test_empty_slab_gives_its_regions_back_at_once() -> None:
     slabs = SlabAllocator(64 * GRANULE)
     offsets = [slabs.allocate(3 * GRANULE) for _ in range(5)]
-    assert slabs.slot_sizes() == [3 * GRANULE]
+    assert list(slabs._classes) == [3 * GRANULE]
     for offset in offsets:
         assert offset is not None
         slabs.free(offset)
-    assert (slabs.free_bytes, slabs.slot_sizes()) == (slabs.total_bytes, [])
+    assert (slabs.free_bytes, list(slabs._classes)) == (slabs.total_bytes, [])
     assert slabs.allocate(64 * GRANULE) == 0
 
 
@@ -153,7 +153,7 @@ def test_emptying_any_window_makes_the_room_it_promises(granules: int, sizes: li
     windows = list(slabs.windows(wanted_bytes))
     if not windows:
         # Every place is taken by the size itself: whoever wants more of it evicts its own.
-        assert wanted_bytes in slabs.slot_sizes()
+        assert wanted_bytes in slabs._classes
         return
     for offset in [at for slab in windows[-1].slabs for at in slabs.used_slots(slab)]:
         slabs.free(offset)

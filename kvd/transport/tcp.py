@@ -12,7 +12,6 @@ import logging
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 
 from kvd.transport.requests import Answerer, Authority, MalformedRequest, Observer, receive_request
@@ -73,7 +72,6 @@ class DataPlane:
         self._observer = observer
         self._lock = threading.Lock()  # guards the two below; held for moments only
         self._connections: set[_Connection] = set()
-        self._in_flight: Counter[SessionId] = Counter()
         self._closing = threading.Event()
         self._listener: socket.socket | None = None
         self._acceptor = threading.Thread(target=self._accept, name="kvd-data-accept", daemon=True)
@@ -99,17 +97,8 @@ class DataPlane:
         with self._lock:
             return len(self._connections)
 
-    def in_flight(self, session: SessionId) -> int:
-        """Requests of this session that may still touch the pool.
-
-        Once the books refuse the session in ``begin_io``, zero proves that no receive into a slot is under way and that
-        none will begin.
-        """
-        with self._lock:
-            return self._in_flight[session]
-
     def close_session(self, session: SessionId) -> None:
-        """Breaks this session's connections. Does not wait: ask ``in_flight``."""
+        """Breaks this session's connections. Does not wait: the books hear of the end of every transfer."""
         with self._lock:
             mine = [connection for connection in self._connections if connection.session == session]
             for connection in mine:
@@ -182,16 +171,7 @@ class DataPlane:
                 return
             answerer = Answerer(connection.stream, session, self._segments, self._authority, self._observer)
             while not self._closing.is_set():
-                request = receive_request(connection.stream, self._io_timeout_s)
-                with self._lock:
-                    self._in_flight[session] += 1
-                try:
-                    answerer.answer(request)
-                finally:
-                    with self._lock:
-                        self._in_flight[session] -= 1
-                        if not self._in_flight[session]:
-                            del self._in_flight[session]
+                answerer.answer(receive_request(connection.stream, self._io_timeout_s))
         except MalformedRequest as error:
             log.warning("data connection from %s closed: malformed request: %s", connection.peer, error)
         except (OSError, KvdError) as error:  # TimeoutError is an OSError

@@ -3,6 +3,9 @@
 #   docker build -t kvd:0.1.0 .
 #   docker run -v kvd:/run/kvd -p 127.0.0.1:7441:7441 -e KVD_POOL=8GiB --memory 8704m --ulimit memlock=-1 kvd:0.1.0
 #
+# With -v /dev/shm:/dev/shm the pool outlives the container. With -v /mnt/nvme/kvd:/var/lib/kvd (for user 7440 to write),
+# -e KVD_SPILL_DIR=/var/lib/kvd and -e KVD_SPILL=200GiB chunks that leave the pool go to disk.
+#
 # The pool counts towards the container's memory limit. Engines find the daemon at /run/kvd/kvd.sock when they mount the
 # same volume there; they need nothing else from this container, no shared /dev/shm either. Root and user 7440 are let
 # in; any other user, and a root without capabilities, needs group 7440 (docker run --group-add 7440).
@@ -22,7 +25,8 @@ RUN python3 -m venv --without-pip /opt/kvd \
 FROM ${BASE}
 RUN groupadd --gid 7440 kvd \
  && useradd --uid 7440 --gid kvd --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin kvd \
- && install -d -o kvd -g kvd -m 0755 /run/kvd
+ && install -d -o kvd -g kvd -m 0755 /run/kvd \
+ && install -d -o kvd -g kvd -m 0700 /var/lib/kvd
 COPY --from=build /opt/kvd /opt/kvd
 ENV PATH=/opt/kvd/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -25,14 +25,19 @@ AUDIT_TIMEOUT_S = 60.0
 
 M = TypeVar("M", bound=Message)
 
-# Flags of ``kvd serve``, by the names of the settings; None = a switch. Values are read and checked by kvd.config.
+# Flags of ``kvd serve``, by the names of the settings; None = a switch. Those of ``config.LISTS`` may be given several
+# times. Values are read and checked by kvd.config.
 _FLAGS: dict[str, tuple[str | None, str]] = {
     "socket": ("PATH", "Unix socket for engines on this node (default: the first usual place that can be written to)"),
     "listen": ("HOST:PORT", "TCP address of the control plane (default: 127.0.0.1:7440)"),
     "data": ("HOST:PORT", "TCP address of the data plane (default: two ports above --listen)"),
     "http": ("HOST:PORT", "address of /metrics, /healthz and /readyz (default: 127.0.0.1:7441)"),
     "pool": ("SIZE", "memory for chunks, for example 512MiB or 8GiB (default: 1GiB)"),
-    "pool_dir": ("DIR", "tmpfs or hugetlbfs directory for the pool's file (default: an anonymous memory file)"),
+    "pool_dir": (
+        "DIR",
+        "tmpfs or hugetlbfs directory for the pool's files, in which a restarted daemon finds its chunks again; auto "
+        "(default: one of its own in /dev/shm, if that has room), or none (anonymous memory: a restart starts cold)",
+    ),
     "huge_pages": (None, "ask for huge pages; the start says what was really given"),
     "populate": ("WHEN", "take the pool's memory lazy (on first use), background (default) or start (before serving)"),
     "group": ("NAME", "let members of this group in as well"),
@@ -40,6 +45,20 @@ _FLAGS: dict[str, tuple[str | None, str]] = {
     "drain_timeout": ("SECONDS", "longest wait for transfers under way when stopping (default: 5)"),
     "quarantine": ("SECONDS", "how long slots of a dead writer stay unused (default: 5)"),
     "read_lease": ("SECONDS", "how long a read lease lives without being renewed (default: 30)"),
+    "spill_dir": ("DIR", "directory on an NVMe drive for chunks that leave the pool; once for every drive"),
+    "spill": ("SIZE", "what may be written there in all, split evenly, for example 200GiB"),
+    "spill_write_rate": ("SIZE", "most that is written to the drives in a second, all together (default: 0, no limit)"),
+    "spill_write_daily": ("SIZE", "most that is written to the drives in a day, all together (default: 0, no limit)"),
+    "spill_floor": ("SIZE", "what stays free on each of their file systems (default: 1GiB)"),
+    "spill_admit": ("WHICH", "write chunks always (default), or only those that were reused"),
+    "spill_codec": ("HOW", "make records smaller: none (default) or auto (where it is seen to pay)"),
+    "ttl": ("TIME", "drop what nobody has used for this long, for example 12h or 7d (default: 0, never)"),
+    "shares": ("SHARE", "tenant=NAME:soft=SIZE,hard=SIZE or namespace=ID:..., once for each of them"),
+    "recompute_weight": (
+        "WEIGHT",
+        "eviction counts a chunk behind n tokens as 1 + WEIGHT x n/32K (default: 0, all alike)",
+    ),
+    "record_trace": ("FILE", "record what lookups ask for, as salted hashes, to be read by kvd replay"),
     "log_level": ("LEVEL", "debug, info (default), warning or error"),
 }
 
@@ -94,7 +113,30 @@ def _status(arguments: argparse.Namespace) -> int:
 def _drop(arguments: argparse.Namespace) -> int:
     request = pb.DropRequest(namespace_id=arguments.namespace or b"")
     answer = _call(arguments, "Admin/Drop", request, pb.DropResponse)
-    print(f"dropped {answer.chunks} chunks; kept {answer.kept} that are in use")
+    on_disk = f" ({answer.records} records on disk)" if answer.records else ""
+    print(f"dropped {answer.chunks} chunks{on_disk}; kept {answer.kept} that are in use or pinned")
+    return 0
+
+
+def _pin(arguments: argparse.Namespace) -> int:
+    request = pb.PinRequest(namespace_id=arguments.namespace, key=arguments.key or b"")
+    answer = _call(arguments, "Admin/Pin", request, pb.PinResponse)
+    print(f"pinned; it covers {answer.chunks} chunks now")
+    return 0
+
+
+def _unpin(arguments: argparse.Namespace) -> int:
+    request = pb.UnpinRequest(namespace_id=arguments.namespace, key=arguments.key or b"")
+    answer = _call(arguments, "Admin/Unpin", request, pb.UnpinResponse)
+    print(f"unpinned; it covered {answer.chunks} chunks")
+    return 0
+
+
+def _pins(arguments: argparse.Namespace) -> int:
+    from kvd import status
+
+    answer = _call(arguments, "Admin/ListPins", pb.ListPinsRequest(), pb.ListPinsResponse)
+    print(json.dumps(status.as_json(answer), indent=2) if arguments.json else status.pins_as_text(answer))
     return 0
 
 
@@ -112,7 +154,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     # The one command that is a client: it measures a daemon of its own from outside.
     from kvd_client.bench.run import run
 
-    return run(arguments.part, arguments.rounds, as_json=arguments.json)
+    return run(arguments.part, arguments.rounds, directory=arguments.dir, as_json=arguments.json)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from kvd.replay.command import run
+
+    return run(arguments)
 
 
 def _version(arguments: argparse.Namespace) -> int:
@@ -153,12 +201,20 @@ def _call(
 
 
 def _namespace_id(text: str) -> bytes:
+    return _hex(text, "a namespace id is 64 hexadecimal digits, see `kvd status --json`")
+
+
+def _key(text: str) -> bytes:
+    return _hex(text, "a key is 64 hexadecimal digits: the engine's hash of the last block of the chunk")
+
+
+def _hex(text: str, wanted: str) -> bytes:
     try:
         found = bytes.fromhex(text)
     except ValueError:
         found = b""
     if len(found) != 32:
-        raise argparse.ArgumentTypeError("a namespace id is 64 hexadecimal digits, see `kvd status --json`")
+        raise argparse.ArgumentTypeError(wanted)
     return found
 
 
@@ -179,14 +235,31 @@ def _parser() -> argparse.ArgumentParser:
     drop = _command(commands, "drop", _drop, "drop stored chunks that nobody uses")
     drop.add_argument("--namespace", metavar="ID", type=_namespace_id, help="only those of this namespace")
     audit = _command(commands, "audit", _audit, "check the daemon's books against each other")
-    for client in (status, drop, audit):
+    pin = _command(commands, "pin", _pin, "wish that a prefix or a namespace stays, in the pool and on disk")
+    unpin = _command(commands, "unpin", _unpin, "take that wish back")
+    for command in (pin, unpin):
+        command.add_argument(
+            "namespace", metavar="NAMESPACE", type=_namespace_id, help="its id, see `kvd status --json`"
+        )
+        command.add_argument(
+            "key", metavar="KEY", nargs="?", type=_key, help="of the last chunk of a prefix (default: all)"
+        )
+    pins = _command(commands, "pins", _pins, "list what is pinned")
+    pins.add_argument("--json", action="store_true", help="as JSON")
+    for client in (status, drop, pin, unpin, pins, audit):
         client.add_argument(
             "--endpoint", metavar="WHERE", help="unix:PATH or tcp://HOST:PORT (default: the local socket)"
         )
     bench = _command(commands, "bench", _bench, "measure kvd against what the machine does without it")
-    bench.add_argument("part", nargs="?", choices=("local", "tcp", "lookup", "start", "all"), default="all")
+    bench.add_argument(
+        "part", nargs="?", choices=("local", "tcp", "lookup", "start", "spill", "restart", "all"), default="all"
+    )
+    bench.add_argument(
+        "--dir", metavar="DIR", default=".", help="where on the disk that spill measures (default: here); nothing stays"
+    )
     bench.add_argument("--rounds", type=int, default=9, help="rounds that are counted (default: 9)")
     bench.add_argument("--json", action="store_true", help="as JSON")
+    _add_replay(_command(commands, "replay", _replay, "show what eviction would make of a recorded trace"))
     _command(commands, "version", _version, "print the release")
     return parser
 
@@ -197,6 +270,34 @@ def _command(commands: Any, name: str, run: object, text: str) -> argparse.Argum
     return command
 
 
+def _add_replay(command: argparse.ArgumentParser) -> None:
+    command.add_argument("trace", metavar="TRACE", help="JSON lines, plain, .xz or .zst; see --record-trace of serve")
+    command.add_argument(
+        "--policy",
+        metavar="NAME[,NAME]",
+        default="gittins",
+        help="gittins (default: what the daemon does), lru, s3fifo",
+    )
+    command.add_argument(
+        "--capacity-percent",
+        metavar="P[,P]",
+        default="1,2,5,10",
+        help="sizes of the pool, in percent of the trace's different blocks (default: 1,2,5,10)",
+    )
+    command.add_argument("--disk-percent", metavar="P[,P]", help="sizes of the disks below it (default: none)")
+    command.add_argument(
+        "--spill-admit",
+        choices=("always", "reused"),
+        default="always",
+        help="what is written to them (default: always)",
+    )
+    command.add_argument(
+        "--recompute-weight", metavar="WEIGHT", type=float, default=0.0, help="as of serve (default: 0)"
+    )
+    command.add_argument("--partial-tails", action="store_true", help="store last blocks that are not full, too")
+    command.add_argument("--json", action="store_true", help="as JSON")
+
+
 def _add_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config", metavar="FILE", help="TOML file with settings; flags and KVD_... variables win over it"
@@ -205,5 +306,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
         flag = "--" + key.replace("_", "-")
         if value is None:
             command.add_argument(flag, dest=key, action="store_const", const=True, help=text)
+        elif key in config.LISTS:
+            command.add_argument(flag, dest=key, action="append", metavar=value, help=text)
         else:
             command.add_argument(flag, dest=key, metavar=value, help=text)

@@ -8,31 +8,31 @@ stops the start with a ``BadSetting`` that names the key, the value, where it ca
 from __future__ import annotations
 
 import difflib
-import grp
-import ipaddress
-import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
-from kvd.wire.endpoints import check_socket_path, default_socket_path, format_host_port, parse_host_port
+from kvd import values
+from kvd.types import Share
+from kvd.values import Admit, Codec, HostPort, Populate
+from kvd.wire.endpoints import default_socket_path
 
 ENV_PREFIX = "KVD_"
 #: The environment's way to say ``--config``.
 CONFIG_VARIABLE = "KVD_CONFIG"
-#: Smallest pool that is any use, bytes.
-MIN_POOL_BYTES = 1 << 20
 #: The data plane listens this many ports above the control plane unless told otherwise.
 DATA_PORT_STEP = 2
-LOG_LEVELS = ("debug", "info", "warning", "error")
+#: Smallest part of the disk tier in one directory that is any use, bytes.
+MIN_DRIVE_BYTES = 16 << 20
+#: Settings of which there may be several, and what stands between them in one text.
+LISTS = {"spill_dir": ",", "shares": ";"}
 
 # A Kubernetes service named "kvd" puts these into the environment of every pod of its namespace; they are not ours.
 _KUBERNETES = re.compile(r"KVD_(SERVICE_.*|PORT|PORT_.*)")
-_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 class BadSetting(Exception):
@@ -43,64 +43,9 @@ class BadSetting(Exception):
         self.key = key
 
 
-class HostPort(NamedTuple):
-    """A listening address; ``host`` carries no brackets."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return format_host_port(self.host, self.port)
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-
 DEFAULT_LISTEN = HostPort("127.0.0.1", 7440)
 DEFAULT_HTTP = HostPort("127.0.0.1", 7441)
 DEFAULT_DATA = HostPort("127.0.0.1", DEFAULT_LISTEN.port + DATA_PORT_STEP)
-
-
-class Populate(Enum):
-    """When the pool's memory is taken from the system."""
-
-    LAZY = "lazy"  # page by page, as it is used
-    BACKGROUND = "background"  # by a thread, while the daemon serves already
-    START = "start"  # all of it, before the daemon serves
-
-
-def parse_size(text: str) -> int:
-    """``512MiB``, ``8GiB``, ``1.5TiB`` or a number of bytes with ``B``, as bytes. Raises ValueError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)", text.strip())
-    if not found:
-        raise ValueError("write a size as a number and a unit, for example 512MiB or 8GiB")
-    size = float(found[1]) * _UNITS[found[2]]
-    if not size.is_integer() or size >= 1 << 60:
-        raise ValueError("write a size that is a whole number of bytes and less than 1048576TiB")
-    return int(size)
-
-
-def format_size(size: int) -> str:
-    """The shortest exact text that ``parse_size`` reads; for people, ``human_size`` is nicer."""
-    for unit, factor in reversed(_UNITS.items()):
-        if size % factor == 0 and size:
-            return f"{size // factor}{unit}"
-    return f"{size}B"
-
-
-def human_size(size: int) -> str:
-    """A size with three digits that count: ``1.46GiB``."""
-    for unit, factor in reversed(_UNITS.items()):
-        if size >= factor:
-            return f"{size / factor:.3g}{unit}" if size / factor < 1000 else f"{size / factor:.0f}{unit}"
-    return f"{size}B"
 
 
 @dataclass(frozen=True)
@@ -112,7 +57,7 @@ class Settings:
     data: HostPort = DEFAULT_DATA
     http: HostPort = DEFAULT_HTTP
     pool_bytes: int = 1 << 30
-    pool_dir: str | None = None
+    pool_dir: str = values.POOL_AUTO
     huge_pages: bool = False
     populate: Populate = Populate.BACKGROUND
     group: str | None = None
@@ -120,11 +65,22 @@ class Settings:
     drain_timeout_s: float = 5.0
     quarantine_s: float = 5.0
     read_lease_s: float = 30.0
+    spill_dirs: tuple[str, ...] = ()
+    spill_bytes: int = 0
+    spill_write_rate_bytes: int = 0
+    spill_write_daily_bytes: int = 0
+    spill_floor_bytes: int = 1 << 30
+    spill_admit: Admit = Admit.ALWAYS
+    spill_codec: Codec = Codec.NONE
+    ttl_s: float = 0.0
+    shares: tuple[Share, ...] = ()
+    recompute_weight: float = 0.0
+    record_trace: str | None = None
     log_level: str = "info"
 
 
 def _key_of(field_name: str) -> str:
-    return field_name.removesuffix("_bytes").removesuffix("_s")
+    return "spill_dir" if field_name == "spill_dirs" else field_name.removesuffix("_bytes").removesuffix("_s")
 
 
 _FIELDS = {_key_of(f.name): f.name for f in fields(Settings)}
@@ -148,7 +104,7 @@ class Loaded:
         return BadSetting(key, self._shown(key), self.sources[key], problem)
 
     def _shown(self, key: str) -> str:
-        return _show(getattr(self.settings, _FIELDS[key]))
+        return _show(key, getattr(self.settings, _FIELDS[key]))
 
 
 @dataclass
@@ -167,8 +123,10 @@ class _Raw:
         self.sources[key] = source
 
 
-def load(flags: Mapping[str, str | bool | None], environ: Mapping[str, str], config_file: str | None) -> Loaded:
-    """Puts the settings together. ``flags``: key to text, None = not given. Raises ``BadSetting``."""
+def load(
+    flags: Mapping[str, str | bool | Sequence[str] | None], environ: Mapping[str, str], config_file: str | None
+) -> Loaded:
+    """Puts the settings together. ``flags``: key to text or texts, None = not given. Raises ``BadSetting``."""
     raw = _Raw()
     config_source = "flag --config" if config_file else f"environment {CONFIG_VARIABLE}"
     config_file = config_file or environ.get(CONFIG_VARIABLE)
@@ -185,20 +143,26 @@ def load(flags: Mapping[str, str | bool | None], environ: Mapping[str, str], con
 
 
 def _settle(raw: _Raw, environ: Mapping[str, str]) -> Loaded:
-    values = {key: _read(key, value, raw.sources[key]) for key, value in raw.values.items()}
+    read = {key: _read(key, value, raw.sources[key]) for key, value in raw.values.items()}
     sources = {key: raw.sources.get(key, "default") for key in KEYS}
-    if "socket" not in values:
-        values["socket"] = default_socket_path({k: v for k, v in environ.items() if k != "KVD_SOCKET"})
-    if "data" not in values:
-        listen: HostPort = values.get("listen", Settings.listen)
-        values["data"] = HostPort(listen.host, listen.port + DATA_PORT_STEP if listen.port else 0)
+    if "socket" not in read:
+        read["socket"] = default_socket_path({k: v for k, v in environ.items() if k != "KVD_SOCKET"})
+    if "data" not in read:
+        listen: HostPort = read.get("listen", Settings.listen)
+        read["data"] = HostPort(listen.host, listen.port + DATA_PORT_STEP if listen.port else 0)
         sources["data"] = f"default: {DATA_PORT_STEP} above listen"
-    loaded = Loaded(Settings(**{_FIELDS[key]: value for key, value in values.items()}), sources)
+    loaded = Loaded(Settings(**{_FIELDS[key]: value for key, value in read.items()}), sources)
     _check_together(loaded)
     return loaded
 
 
 def _check_together(loaded: Loaded) -> None:
+    _check_addresses(loaded)
+    _check_spill(loaded)
+    _check_shares(loaded)
+
+
+def _check_addresses(loaded: Loaded) -> None:
     settings = loaded.settings
     for key in ("listen", "data"):
         address: HostPort = getattr(settings, key)
@@ -218,6 +182,26 @@ def _check_together(loaded: Loaded) -> None:
         used[address] = key
 
 
+def _check_spill(loaded: Loaded) -> None:
+    settings = loaded.settings
+    directories = settings.spill_dirs
+    if directories and not settings.spill_bytes:
+        raise loaded.reject("spill_dir", "it is not said how much may be written there; add --spill SIZE, say 200GiB")
+    if settings.spill_bytes and not directories:
+        raise loaded.reject("spill", "it is not said where; add --spill-dir DIR on the file system of an NVMe drive")
+    if len({os.path.realpath(directory) for directory in directories}) < len(directories):
+        raise loaded.reject("spill_dir", "the same directory twice; name each once")
+    if directories and settings.spill_bytes < len(directories) * MIN_DRIVE_BYTES:
+        least = values.format_size(MIN_DRIVE_BYTES)
+        raise loaded.reject("spill", f"too small: it is split over the directories, and each needs at least {least}")
+
+
+def _check_shares(loaded: Loaded) -> None:
+    whose = [(share.tenant, share.namespace_id) for share in loaded.settings.shares]
+    if len(set(whose)) < len(whose):
+        raise loaded.reject("shares", "two for the same tenant or namespace; give each one")
+
+
 # ---------------------------------------------------------------- reading one value
 
 
@@ -235,111 +219,68 @@ def _read(key: str, value: object, source: str) -> Any:
     if isinstance(value, bool) and key not in ("huge_pages", "allow_remote"):
         raise BadSetting(key, value, source, "needs a value, not true or false")
     try:
+        if key in LISTS:
+            return tuple(_READERS[key](one) for one in _several(value, LISTS[key]))
+        if isinstance(value, list | dict):
+            raise ValueError("needs one value")
         return _READERS[key](value if isinstance(value, bool) else str(value))
     except ValueError as error:
         raise BadSetting(key, value, source, str(error)) from error
 
 
-def _read_pool(text: str) -> int:
-    size = parse_size(text)
-    if size < MIN_POOL_BYTES:
-        raise ValueError(f"too small, at least {format_size(MIN_POOL_BYTES)}")
-    return size
-
-
-def _read_directory(text: str) -> str:
-    if not os.path.isdir(text):
-        raise ValueError("no such directory; make it first, on a tmpfs or hugetlbfs mount such as /dev/shm")
-    if not os.access(text, os.W_OK | os.X_OK):
-        raise ValueError("this user cannot write there; give a directory that it can write to")
-    return os.path.abspath(text)
-
-
-def _read_socket(text: str) -> str:
-    path = check_socket_path(os.path.abspath(text.removeprefix("unix:")))
-    if os.path.isdir(path):
-        raise ValueError(f"is a directory; give the path of a socket in it, for example {path}/kvd.sock")
-    directory = os.path.dirname(path)
-    if not os.path.isdir(directory):
-        raise ValueError(f"there is no directory {directory}; make it first, or give another path")
-    return path
-
-
-def _read_switch(value: str | bool) -> bool:
-    if isinstance(value, bool):
-        return value
-    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if value.lower() not in words:
-        raise ValueError("write true or false")
-    return words[value.lower()]
-
-
-def _read_seconds(least: float, most: float) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        wanted = f"write seconds from {least:g} to {most:g}, for example 5 or 0.5"
-        try:
-            seconds = float(text.strip().removesuffix("s"))
-        except ValueError:
-            raise ValueError(wanted) from None
-        if not math.isfinite(seconds) or not least <= seconds <= most:
-            raise ValueError(wanted)
-        return seconds
-
-    return read
-
-
-def _read_populate(text: str) -> Populate:
-    try:
-        return Populate(text)
-    except ValueError:
-        raise ValueError(f"write one of {', '.join(p.value for p in Populate)}") from None
-
-
-def _read_group(text: str) -> str:
-    try:
-        grp.getgrnam(text)
-    except KeyError:
-        raise ValueError("no such group on this system; create it, or name one that exists") from None
-    return text
-
-
-def _read_log_level(text: str) -> str:
-    if text.lower() not in LOG_LEVELS:
-        raise ValueError(f"write one of {', '.join(LOG_LEVELS)}")
-    return text.lower()
-
-
-def _read_address(text: str) -> HostPort:
-    return HostPort(*parse_host_port(text))
+def _several(value: object, separator: str) -> list[str]:
+    found = []
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(text, str):
+            raise ValueError("needs a text or a list of texts")
+        found += [part.strip() for part in text.split(separator)]
+    if not all(found):
+        raise ValueError("something is missing in it")
+    return found
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
-    "socket": _read_socket,
-    "listen": _read_address,
-    "data": _read_address,
-    "http": _read_address,
-    "pool": _read_pool,
-    "pool_dir": _read_directory,
-    "huge_pages": _read_switch,
-    "populate": _read_populate,
-    "group": _read_group,
-    "allow_remote": _read_switch,
-    "drain_timeout": _read_seconds(0, 3600),
-    "quarantine": _read_seconds(0, 3600),
-    "read_lease": _read_seconds(0.1, 86400),
-    "log_level": _read_log_level,
+    "socket": values.read_socket,
+    "listen": values.read_address,
+    "data": values.read_address,
+    "http": values.read_address,
+    "pool": values.read_pool,
+    "pool_dir": values.read_pool_dir,
+    "huge_pages": values.read_switch,
+    "populate": values.read_choice(Populate),
+    "group": values.read_group,
+    "allow_remote": values.read_switch,
+    "drain_timeout": values.read_seconds(0, 3600),
+    "quarantine": values.read_seconds(0, 3600),
+    "read_lease": values.read_seconds(0.1, 86400),
+    "spill_dir": values.read_spill_dir,
+    "spill": values.read_size_or_zero,
+    "spill_write_rate": values.read_size_or_zero,
+    "spill_write_daily": values.read_size_or_zero,
+    "spill_floor": values.read_size_or_zero,
+    "spill_admit": values.read_choice(Admit),
+    "spill_codec": values.read_choice(Codec),
+    "ttl": values.read_period,
+    "shares": values.read_share,
+    "recompute_weight": values.read_weight,
+    "record_trace": values.read_new_file,
+    "log_level": values.read_log_level,
 }
 
 
-def _show(value: object) -> str:
-    if value is None:
+def _show(key: str, value: object) -> str:
+    if value is None or value == ():
         return "-"
+    if key == "ttl" and isinstance(value, float):
+        return values.format_period(value)
+    if isinstance(value, tuple) and key in LISTS:
+        return LISTS[key].join(values.format_share(one) if isinstance(one, Share) else one for one in value)
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Populate):
-        return value.value
+    if isinstance(value, Enum):
+        return str(value.value)
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, int):
-        return format_size(value)
+        return values.format_size(value) if value else "0"
     return str(value)

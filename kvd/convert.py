@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 from typing import cast
 
-from kvd.types import Location, ReserveResult, Stripe
+from kvd.ledger.pins import PinFigures
+from kvd.ledger.terms import DiskFigures, NamespaceFigures, PoolFigures, TenantFigures
+from kvd.types import DriveFigures, Location, Recovery, ReserveResult, Stripe
 from kvd.wire.errors import InvalidRequest
 from kvd.wire.identity import MAX_EXTRA, MAX_FIELD_CHARS, Identity
 from kvd.wire.pb import kvd_pb2 as pb
@@ -73,3 +75,107 @@ def reserve_result(result: ReserveResult) -> pb.ReserveResult:
     if result.location is None:
         return pb.ReserveResult(status=status)
     return pb.ReserveResult(status=status, location=location(result.location))
+
+
+# ---------------------------------------------------------------- figures
+
+
+def pool_stats(pool: PoolFigures, backing: str, populated_bytes: int, recovery: Recovery) -> pb.PoolStats:
+    """The pool, and what the start found in it."""
+    return pb.PoolStats(
+        bytes=pool.bytes,
+        free_bytes=pool.free_bytes,
+        ready_bytes=pool.ready_bytes,
+        writing_bytes=pool.writing_bytes,
+        quarantined_bytes=pool.quarantined_bytes,
+        idle_slot_bytes=pool.idle_slot_bytes,
+        backing=backing,
+        populated_bytes=populated_bytes,
+        unverified_chunks=pool.unverified_chunks,
+        recovery=pb.RecoveryStats(
+            warm=recovery.warm,
+            reason=recovery.reason,
+            chunks=recovery.chunks,
+            skipped=recovery.skipped,
+            seconds=recovery.seconds,
+        ),
+    )
+
+
+def tenant_stats(tenant: TenantFigures) -> pb.TenantStats:
+    """A tenant."""
+    return pb.TenantStats(
+        tenant=tenant.tenant,
+        chunks=tenant.chunks,
+        bytes=tenant.bytes,
+        sessions=tenant.sessions,
+        disk_chunks=tenant.disk_chunks,
+        disk_bytes=tenant.disk_bytes,
+        pinned_chunks=tenant.pinned_chunks,
+        share=_share(tenant),
+    )
+
+
+def namespace_stats(namespace: NamespaceFigures) -> pb.NamespaceStats:
+    """A namespace."""
+    return pb.NamespaceStats(
+        namespace_id=namespace.namespace_id,
+        tenant=namespace.tenant,
+        model=namespace.model,
+        chunk_bytes=namespace.chunk_bytes,
+        chunks=namespace.chunks,
+        bytes=namespace.bytes,
+        disk_chunks=namespace.disk_chunks,
+        disk_bytes=namespace.disk_bytes,
+        pinned_chunks=namespace.pinned_chunks,
+        share=_share(namespace),
+    )
+
+
+def _share(held: TenantFigures | NamespaceFigures) -> pb.ShareStats | None:
+    if held.soft_bytes is None and held.hard_bytes is None:
+        return None
+    return pb.ShareStats(soft_bytes=held.soft_bytes or 0, hard_bytes=held.hard_bytes or 0)
+
+
+def pin_stats(found: PinFigures) -> pb.PinStats:
+    """A pin, and what it covers."""
+    namespace_id, key = found.pin.namespace_id, found.pin.key
+    return pb.PinStats(namespace_id=namespace_id, key=key, chunks=found.chunks, bytes=found.bytes)
+
+
+def disk_stats(
+    disk: DiskFigures, drives: Sequence[DriveFigures], daily_bytes: int, written_today_bytes: int
+) -> pb.DiskStats:
+    """The disk tier and its drives."""
+    return pb.DiskStats(
+        records=disk.records,
+        live_bytes=disk.live_bytes,
+        total_bytes=disk.total_bytes,
+        queue_chunks=disk.queue_chunks,
+        queue_bytes=disk.queue_bytes,
+        promoting_chunks=disk.promoting_chunks,
+        daily_bytes=daily_bytes,
+        written_today_bytes=written_today_bytes,
+        drives=[_drive(drive) for drive in drives],
+    )
+
+
+def _drive(drive: DriveFigures) -> pb.DriveStats:
+    scanning = drive.scanned_extents < drive.found_extents
+    return pb.DriveStats(
+        directory=drive.directory,
+        state="degraded" if drive.reason else "scanning" if scanning else "up",
+        reason=drive.reason,
+        capacity_bytes=drive.capacity_bytes,
+        live_bytes=drive.live_bytes,
+        dead_bytes=drive.dead_bytes,
+        free_bytes=drive.free_bytes,
+        records=drive.records,
+        extents=drive.extents,
+        read_bytes=drive.read_bytes,
+        written_bytes=drive.written_bytes,
+        queue=drive.queue,
+        scanned_extents=drive.scanned_extents,
+        found_extents=drive.found_extents,
+    )

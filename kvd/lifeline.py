@@ -14,6 +14,7 @@ import os
 import socket
 from collections.abc import Sequence
 
+from kvd.memory.holders import Holders
 from kvd.memory.segment import Segment
 from kvd.peers import Access, Credentials, credentials_of
 from kvd.session import Lifeline, Sessions
@@ -35,13 +36,22 @@ class LifelineServer:
     """Listens at ``path``. Lives on the event loop; everything it does is short and never blocks."""
 
     def __init__(
-        self, path: str, *, sessions: Sessions, access: Access, segments: Sequence[Segment], daemon_id: int
+        self,
+        path: str,
+        *,
+        sessions: Sessions,
+        access: Access,
+        segments: Sequence[Segment],
+        daemon_id: int,
+        holders: Holders | None = None,
     ) -> None:
+        """``holders``: of a pool that outlives the daemon."""
         self.path = path
         self.sessions = sessions
         self.access = access
         self._segments = segments
         self._daemon_id = daemon_id
+        self._holders = holders
         self._listener: socket.socket | None = None
         self._connections: set[_Connection] = set()
         self._loop = asyncio.get_running_loop()
@@ -77,12 +87,24 @@ class LifelineServer:
         """A connection has ended."""
         self._connections.discard(connection)
 
-    def welcome(self, status: Status, ticket: bytes = b"") -> tuple[bytes, list[int]]:
-        """The message that answers HELLO, and the descriptors that go with it."""
-        segments = self._segments if status is Status.OK else ()
-        message = WELCOME.pack(MAGIC, VERSION, status, self._daemon_id, ticket, len(segments))
-        message += b"".join(SEGMENT.pack(*segment.info) for segment in segments)
-        return message, [fd for segment in segments for fd in (segment.data_fd, segment.table_fd)]
+    def refuse(self, to: socket.socket, status: Status) -> None:
+        """Answers HELLO with anything but OK. Raises OSError."""
+        to.sendmsg([WELCOME.pack(MAGIC, VERSION, status, self._daemon_id, b"", 0, 0)])
+
+    def welcome(self, to: socket.socket, ticket: bytes) -> None:
+        """Answers HELLO with OK and the descriptors. Raises OSError."""
+        descriptors = [fd for segment in self._segments for fd in (segment.data_fd, segment.table_fd)]
+        holder = None if self._holders is None else self._holders.hand_out(self._daemon_id)
+        counts = (len(self._segments), 0 if holder is None else 1)
+        message = WELCOME.pack(MAGIC, VERSION, Status.OK, self._daemon_id, ticket, *counts)
+        message += b"".join(SEGMENT.pack(*segment.info) for segment in self._segments)
+        try:
+            if holder is not None:
+                descriptors.append(holder)
+            to.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
+        finally:
+            if holder is not None:
+                os.close(holder)  # the client's copy alone must hold the lock
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -149,10 +171,11 @@ class _Connection:
         if status is None:
             self.close()
             return
-        data, descriptors = self._server.welcome(status, ticket)
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         try:
-            self._socket.sendmsg([data], rights)
+            if status is Status.OK:
+                self._server.welcome(self._socket, ticket)
+            else:
+                self._server.refuse(self._socket, status)
         except OSError as error:
             log.warning("lifeline: the answer could not be sent: %s", error)
             self.close()

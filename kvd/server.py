@@ -17,21 +17,22 @@ import uvloop
 
 from kvd import preflight
 from kvd.authority import LoopAuthority
-from kvd.config import HostPort, Loaded, Populate, human_size
+from kvd.config import Loaded
 from kvd.control import ControlServer, bind, remove_stale_socket
 from kvd.http import HttpServer, Page
 from kvd.lifeline import LifelineServer
 from kvd.lock import AlreadyLocked, PathLock
 from kvd.memory.segment import Segment
-from kvd.memory.slabs import SlabAllocator
 from kvd.metrics import Metrics
 from kvd.peers import Access
+from kvd.recorder import Recorder
 from kvd.report import Report
 from kvd.service import SERVICES, ControlService, Facts
 from kvd.session import Sessions
-from kvd.store import ChunkStore, Limits
+from kvd.storage import Storage
 from kvd.transport.tcp import DataPlane
 from kvd.upkeep import Upkeep
+from kvd.values import POOL_AUTO, HostPort, Populate, human_size
 from kvd.wire.lifeline import socket_path
 from kvd.wire.version import VERSION
 
@@ -48,26 +49,33 @@ def serve(loaded: Loaded) -> int:
     preflight.check(loaded)
     if loaded.settings.allow_remote:
         log.warning("allow_remote: peers from other machines are let in without authentication")
-    with _locks(loaded), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(Daemon(loaded).run())
+    _make_default_directory(loaded)
+    pool_directory, note = preflight.pool_directory(loaded.settings)
+    if note:
+        log.log(logging.WARNING if loaded.settings.pool_dir == POOL_AUTO else logging.INFO, "%s", note)
+    with _locks(loaded, pool_directory), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(Daemon(loaded, pool_directory).run())
     return 0
 
 
 class Daemon:
     """One daemon, from start to stop, on the running event loop."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, pool_directory: str | None) -> None:
+        """``pool_directory``: where the pool's files lie; None = it has none."""
         self._loaded = loaded
+        self._pool_directory = pool_directory
         self._settings = loaded.settings
         self._ready = False
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._interrupted = False
 
     async def run(self) -> None:
         """Starts, serves until SIGTERM or SIGINT, drains and stops; a second signal cuts the drain short."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
+            loop.add_signal_handler(number, self._signalled, number)
         _raise_file_limit()
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
@@ -82,11 +90,13 @@ class Daemon:
         """Brings everything up; ``stack`` takes it down again in the opposite order."""
         settings, loop = self._settings, asyncio.get_running_loop()
         daemon_id = secrets.randbits(64) | 1
-        segment = self._make_segment(daemon_id)
+        storage = Storage(self._loaded, daemon_id, self._pool_directory)
+        segment, limits = storage.pool.segment, storage.limits
+        for note in segment.notes():
+            log.warning("pool: %s", note)
+        self._store = store = storage.store
+        stack.push_async_callback(self._put_away, storage)
         stack.callback(segment.stop_populating)
-        limits = Limits(read_lease_s=settings.read_lease_s, quarantine_s=settings.quarantine_s)
-        allocator, first_generation = SlabAllocator(segment.size), secrets.randbits(31) << 32
-        self._store = store = ChunkStore(allocator, segment, limits, first_generation=first_generation)
         self._sessions = sessions = Sessions(store, on_end=lambda session: data.close_session(session))
         access = Access(settings.group, allow_remote=settings.allow_remote)
         metrics = Metrics()
@@ -107,7 +117,12 @@ class Daemon:
 
         self._control = control = ControlServer()
         lifelines = LifelineServer(
-            socket_path(settings.socket), sessions=sessions, access=access, segments=[segment], daemon_id=daemon_id
+            socket_path(settings.socket),
+            sessions=sessions,
+            access=access,
+            segments=[segment],
+            daemon_id=daemon_id,
+            holders=storage.pool.holders,
         )
         with self._naming("listen"):
             listen_address = HostPort(settings.listen.host, control.listen_tcp(*settings.listen))
@@ -123,7 +138,21 @@ class Daemon:
             f"data://{HostPort(settings.data.host, data.port)}",
             f"http://{http_address}",
         ]
-        report = Report(store, sessions, segment, daemon_id, addresses)
+        recorder = self._make_recorder()
+        if recorder is not None:
+            recorder.start()
+            stack.push_async_callback(asyncio.to_thread, recorder.close)
+        report = Report(
+            store,
+            sessions,
+            segment,
+            daemon_id,
+            addresses,
+            recovery=storage.recovery,
+            drives=storage.drives if storage.has_disks else None,
+            daily_bytes=settings.spill_write_daily_bytes,
+            written_today_bytes=storage.written_today_bytes,
+        )
         metrics.watch(report.figures, VERSION)
         facts = Facts(
             daemon_id=daemon_id,
@@ -132,9 +161,11 @@ class Daemon:
             read_lease_s=limits.read_lease_s,
             max_chunks_per_request=limits.max_chunks_per_request,
             stats=report.stats,
+            remembered=storage.remembered,
         )
-        service = ControlService(store, sessions, access, metrics, facts)
+        service = ControlService(store, sessions, access, metrics, facts, recorder)
         upkeep = Upkeep(store, sessions, metrics, last_request=lambda: service.last_request_at)
+        await storage.start(metrics.promoted)
         await self._populate(segment)
         if self._stop.is_set():
             return
@@ -145,20 +176,14 @@ class Daemon:
         pool = f"pool {human_size(segment.size)} ({segment.describe()})"
         print(f"kvd {VERSION} serving: {' '.join(addresses)} {pool}", flush=True)
 
-    def _make_segment(self, daemon_id: int) -> Segment:
-        settings = self._settings
+    def _make_recorder(self) -> Recorder | None:
+        path = self._settings.record_trace
+        if path is None:
+            return None
         try:
-            segment = Segment(
-                settings.pool_bytes,
-                daemon_id=daemon_id,
-                directory=settings.pool_dir,
-                huge_pages=settings.huge_pages,
-            )
+            return Recorder(path)
         except OSError as error:
-            raise self._loaded.reject("pool", f"cannot be made: {error.strerror}") from error
-        for note in segment.notes():
-            log.warning("pool: %s", note)
-        return segment
+            raise self._loaded.reject("record_trace", f"cannot be written: {error.strerror}") from error
 
     async def _populate(self, segment: Segment) -> None:
         if self._settings.populate is Populate.BACKGROUND:
@@ -214,7 +239,13 @@ class Daemon:
 
     # -- stop
 
-    def _signalled(self) -> None:
+    async def _put_away(self, storage: Storage) -> None:
+        """The pool stays for the next daemon, unless a person at a terminal has finished and never named a place."""
+        forget = self._interrupted and self._settings.pool_dir == POOL_AUTO
+        await storage.stop(0 if self._hurry.is_set() else self._settings.drain_timeout_s, forget=forget)
+
+    def _signalled(self, number: int) -> None:
+        self._interrupted = number == signal.SIGINT
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
@@ -241,17 +272,16 @@ def _healthy(accept: str) -> Page:
 
 
 @contextlib.contextmanager
-def _locks(loaded: Loaded) -> Iterator[None]:
+def _locks(loaded: Loaded, pool_directory: str | None) -> Iterator[None]:
     """Holds the socket and the pool directory against other daemons. Raises ``BadSetting``."""
     settings = loaded.settings
-    _make_default_directory(loaded)
-    wanted = [("socket", settings.socket + ".lock")]
-    if settings.pool_dir is not None:
-        wanted.append(("pool_dir", os.path.join(settings.pool_dir, ".kvd.lock")))
     held: list[PathLock] = []
     try:
-        for key, path in wanted:
-            held.append(_lock(loaded, key, path))
+        held.append(_lock(loaded, "socket", settings.socket + ".lock"))
+        if pool_directory is not None:
+            if settings.pool_dir == POOL_AUTO:
+                _make_pool_directory(loaded, pool_directory)
+            held.append(_lock(loaded, "pool_dir", os.path.join(pool_directory, ".kvd.lock")))
         yield
     finally:
         for lock in held:
@@ -266,6 +296,13 @@ def _lock(loaded: Loaded, key: str, path: str) -> PathLock:
         raise loaded.reject(key, f"a daemon serves there already ({holder}); stop it first, or give another") from error
     except OSError as error:
         raise loaded.reject(key, f"{path} cannot be made: {error.strerror}") from error
+
+
+def _make_pool_directory(loaded: Loaded, directory: str) -> None:
+    try:
+        preflight.make_private(directory)
+    except OSError as error:
+        raise loaded.reject("pool_dir", f"{directory} cannot be made: {error.strerror}") from error
 
 
 def _make_default_directory(loaded: Loaded) -> None:

@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 from kvd import convert
 from kvd.metrics import Metrics
 from kvd.peers import DEFAULT_TENANT, Access, Identified, parse_grpc_peer
+from kvd.recorder import Recorder
 from kvd.session import HEARTBEAT_S, Session, Sessions
 from kvd.store import ChunkStore
 from kvd.types import CommitStatus
@@ -44,7 +45,8 @@ Call = Callable[[Any, Context], Awaitable[Message]]
 
 @dataclass(frozen=True)
 class Facts:
-    """What the service tells clients about the daemon. ``stats`` makes the answer to Stats."""
+    """What the service tells clients about the daemon. ``stats`` makes the answer to Stats; ``remembered`` returns when
+    operators' wishes are where the next daemon finds them."""
 
     daemon_id: int
     listen_port: int
@@ -52,17 +54,26 @@ class Facts:
     read_lease_s: float
     max_chunks_per_request: int
     stats: Callable[[], pb.StatsResponse]
-
+    remembered: Callable[[], Awaitable[None]]
 
 class ControlService:
     """Both gRPC services, as handlers for a ``grpc.aio`` server. Lives on the event loop."""
 
-    def __init__(self, store: ChunkStore, sessions: Sessions, access: Access, metrics: Metrics, facts: Facts) -> None:
+    def __init__(
+        self,
+        store: ChunkStore,
+        sessions: Sessions,
+        access: Access,
+        metrics: Metrics,
+        facts: Facts,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._store = store
         self._sessions = sessions
         self._access = access
         self._metrics = metrics
         self._facts = facts
+        self._recorder = recorder
         #: When a session last asked for something, by ``time.monotonic``.
         self.last_request_at = 0.0
 
@@ -81,6 +92,9 @@ class ControlService:
         }
         admin = {
             "Drop": self._unary("Drop", pb.DropRequest, self._drop),
+            "Pin": self._unary("Pin", pb.PinRequest, self._pin),
+            "Unpin": self._unary("Unpin", pb.UnpinRequest, self._unpin),
+            "ListPins": self._unary("ListPins", pb.ListPinsRequest, self._list_pins),
             "Audit": self._unary("Audit", pb.AuditRequest, self._audit),
         }
         return [
@@ -92,11 +106,16 @@ class ControlService:
 
     def _open(self, session: Session, request: pb.OpenNamespaceRequest) -> pb.OpenNamespaceResponse:
         namespace = self._store.open_namespace(session.id, convert.identity(request.identity), request.chunk_bytes)
-        session.chunk_bytes[namespace.id] = namespace.chunk_bytes
+        session.namespaces[namespace.id] = namespace
         return pb.OpenNamespaceResponse(namespace_id=namespace.id)
 
     def _lookup(self, session: Session, request: pb.LookupRequest) -> pb.LookupResponse:
-        found = self._store.lookup(session.id, request.namespace_id, request.lease_id, list(request.keys), request.skip)
+        keys = list(request.keys)
+        found = self._store.lookup(
+            session.id, request.namespace_id, request.lease_id, keys, request.skip, request.again
+        )
+        if self._recorder is not None and not request.again:
+            self._recorder.asked(session.id, session.namespaces[request.namespace_id], keys)
         chunks = [convert.location(location) for location in found.locations]
         return pb.LookupResponse(chunks=chunks, promoting=found.promoting, writing=found.writing)
 
@@ -112,7 +131,7 @@ class ControlService:
         results = self._store.commit(session.id, request.namespace_id, request.lease_id, items)
         if session.path == "shm":
             chunks = sum(result in _IN_PLACE for result in results)
-            self._metrics.committed_in_place(chunks * session.chunk_bytes.get(request.namespace_id, 0))
+            self._metrics.committed_in_place(chunks * session.namespaces[request.namespace_id].chunk_bytes)
         return pb.CommitResponse(
             results=[pb.CommitResult(status=cast(pb.CommitStatus, int(result))) for result in results]
         )
@@ -141,8 +160,27 @@ class ControlService:
 
     async def _drop(self, request: pb.DropRequest, context: Context) -> pb.DropResponse:
         tenant = await self._operator(context)
+        before = self._store.counters.dropped_records
         chunks, kept = self._store.drop(tenant, request.namespace_id or None)
-        return pb.DropResponse(chunks=chunks, kept=kept)
+        records = self._store.counters.dropped_records - before
+        await self._facts.remembered()
+        return pb.DropResponse(chunks=chunks, kept=kept, records=records)
+
+    async def _pin(self, request: pb.PinRequest, context: Context) -> pb.PinResponse:
+        tenant = await self._operator(context)
+        chunks = self._store.pin(tenant, request.namespace_id, request.key)
+        await self._facts.remembered()
+        return pb.PinResponse(chunks=chunks)
+
+    async def _unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:
+        tenant = await self._operator(context)
+        chunks = self._store.unpin(tenant, request.namespace_id, request.key)
+        await self._facts.remembered()
+        return pb.UnpinResponse(chunks=chunks)
+
+    async def _list_pins(self, request: pb.ListPinsRequest, context: Context) -> pb.ListPinsResponse:
+        tenant = await self._operator(context)
+        return pb.ListPinsResponse(pins=[convert.pin_stats(found) for found in self._store.pins(tenant)])
 
     async def _audit(self, request: pb.AuditRequest, context: Context) -> pb.AuditResponse:
         await self._operator(context)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from kvd.peers import Credentials
 from kvd.store import ChunkStore
-from kvd.types import SessionId
+from kvd.types import Namespace, SessionId
 from kvd.wire.errors import Draining, LimitReached, SessionUnknown, Unauthenticated
 from kvd.wire.frames import TOKEN_BYTES
 from kvd.wire.pb import kvd_pb2
@@ -60,8 +60,8 @@ class Session:
     #: Notes on their way to the client; None ends the stream.
     notes: asyncio.Queue[kvd_pb2.ServerNote | None] = field(default_factory=lambda: asyncio.Queue(_MAX_NOTES))
     lifelines: set[Lifeline] = field(default_factory=set)
-    #: Chunk sizes of the namespaces that it has opened, by id.
-    chunk_bytes: dict[bytes, int] = field(default_factory=dict)
+    #: The namespaces that it has opened, by id.
+    namespaces: dict[bytes, Namespace] = field(default_factory=dict)
     io_in_flight: int = 0
     ended: bool = False
 

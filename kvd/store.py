@@ -9,12 +9,18 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from kvd.ledger.audit import audit
-from kvd.ledger.books import Books
+from kvd.ledger.books import Books, Slots
+from kvd.ledger.chunk import Chunk
 from kvd.ledger.eviction import EvictionPolicy, LeafLru
+from kvd.ledger.expiry import Expiry
 from kvd.ledger.figures import figures
 from kvd.ledger.index import Space
 from kvd.ledger.leases import ReadLease, ReadLeases, SessionBook, WriteLease
+from kvd.ledger.pins import PinFigures, pins_of
+from kvd.ledger.records import Records
+from kvd.ledger.room import keep_free
 from kvd.ledger.sessions import Sessions
+from kvd.ledger.sweeping import Sweeper
 from kvd.ledger.terms import (
     Counters,
     Generations,
@@ -24,13 +30,14 @@ from kvd.ledger.terms import (
     PoolFigures,
     ReadableGenerations,
     SessionFigures,
+    SlotJournal,
     StoreStats,
     TenantFigures,
 )
+from kvd.ledger.tiers import Disks, Tiers
 from kvd.ledger.transfers import Transfers
 from kvd.ledger.writing import Writing
-from kvd.memory.slabs import SlabAllocator
-from kvd.types import ROOT, CommitStatus, LeaseId, LookupResult, Namespace, ReserveResult, SessionId, Stripe
+from kvd.types import ROOT, CommitStatus, LeaseId, LookupResult, Namespace, Pin, ReserveResult, SessionId, Stripe
 from kvd.wire.errors import InvalidRequest, LimitReached, NamespaceUnknown
 from kvd.wire.frames import MAX_ITEMS, Item, ItemStatus, Op
 from kvd.wire.identity import KEY_BYTES, Identity
@@ -39,10 +46,12 @@ from kvd.wire.lifeline import GRANULE_BYTES
 __all__ = [
     "ChunkStore",
     "Counters",
+    "Disks",
     "Generations",
     "IoTicket",
     "Limits",
     "NamespaceFigures",
+    "PinFigures",
     "PoolFigures",
     "ReadableGenerations",
     "SessionFigures",
@@ -52,6 +61,10 @@ __all__ = [
 
 #: Most stripes in one item of Commit; an engine sends one per rank.
 MAX_STRIPES = 4096
+
+
+def _nobody(saved: object) -> None:
+    """Who hears of pins when they are not kept."""
 
 
 class ChunkStore:
@@ -64,20 +77,42 @@ class ChunkStore:
 
     def __init__(
         self,
-        allocator: SlabAllocator,
+        allocator: Slots,
         generations: Generations,
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
-        policy: EvictionPolicy | None = None,
+        policy: EvictionPolicy[Chunk] | None = None,
         first_generation: int = 0,
+        journal: SlotJournal | None = None,
+        disks: Disks | None = None,
+        ttl_s: float = 0.0,
     ) -> None:
         """``first_generation``: all generations are higher. A daemon that begins elsewhere than the one before it gives
-        no slot a generation that an earlier life gave."""
+        no slot a generation that an earlier life gave. ``journal``: of a pool that outlives the daemon.
+        ``ttl_s``: what was not used for so long is not found any more, and goes; 0 = never."""
         self.counters = Counters()
         self._limits = limits
         self._clock = clock
+        records = None if disks is None else Records(disks.extents, disks.policy)
         self._books = Books(
-            allocator, generations, LeafLru() if policy is None else policy, self.counters, first_generation
+            allocator,
+            generations,
+            LeafLru() if policy is None else policy,
+            self.counters,
+            first_generation,
+            journal,
+            records,
+        )
+        for tree in (self._books, records):
+            if tree is not None:
+                tree.expiry = Expiry(ttl_s)
+        self._pins = pins_of(self._books)
+        #: Hears what is to be loaded by the next daemon (``load_pins``) whenever that has changed.
+        self.on_pins: Callable[[list[list[str]]], None] = _nobody
+        self._sweeper = Sweeper(self._books)
+        #: Everything about disks and restarts; its orders are carried out by somebody else.
+        self.tiers = Tiers(
+            self._books, disks, sealing=journal is not None, clock=clock, quarantine_s=limits.quarantine_s
         )
         self._reads = ReadLeases(limits.read_lease_s)
         self._transfers = Transfers(self._books)
@@ -119,33 +154,55 @@ class ChunkStore:
     # ------------------------------------------------------------ reading
 
     def lookup(
-        self, session: SessionId, namespace_id: bytes, lease_id: LeaseId, keys: Sequence[bytes], skip: int = 0
+        self,
+        session: SessionId,
+        namespace_id: bytes,
+        lease_id: LeaseId,
+        keys: Sequence[bytes],
+        skip: int = 0,
+        again: bool = False,
     ) -> LookupResult:
-        """Match the longest READY prefix of ``keys`` and lease it from its chunk ``skip`` on."""
+        """Match the longest READY prefix of ``keys`` and lease it from its chunk ``skip`` on.
+
+        What follows it on a disk sets out for the pool. ``again``: for the same request as before, which only waits
+        for that; it is not counted as another use.
+        """
         book, space = self._sessions.get_open(session, namespace_id)
         self._check_keys(keys)
         if not 0 <= skip <= len(keys):
             raise InvalidRequest(f"skip {skip} of {len(keys)} keys")
         now = self._advance()
         book.check_new(lease_id, self._limits.max_leases_per_session)
-        books, counters = self._books, self.counters
+        books, tiers, counters = self._books, self.tiers, self.counters
         found = space.ready_prefix(keys)
+        while found and books.expired(found[-1]):
+            found.pop()
         leased = found[skip:]
         if book.leased_chunks + len(leased) > self._limits.max_leased_chunks_per_session:
             raise LimitReached(f"the session has {book.leased_chunks} chunks leased: release some")
-        for chunk in found:
-            books.touch(chunk)
-        space.touched = books.last_stamp
+        if not again:
+            for chunk in found:
+                books.touch(chunk)
+                if tiers.keeps and chunk.record is None:
+                    books.on_ready(chunk)
+            space.touched = books.last_stamp
         if leased:
             self._reads.make(lease_id, book, leased, now)
             for chunk in leased:
                 books.hold(chunk)
-        counters.lookups += 1
-        counters.asked_chunks += len(keys) - skip
-        counters.hit_chunks += len(leased)
-        counters.miss_chunks += len(keys) - skip - len(leased)
-        writing = space.being_written(keys[len(found) :], found[-1] if found else None)
-        return LookupResult([chunk.location for chunk in leased], 0, writing)
+            if tiers.promoting.keeps:
+                for chunk in leased:
+                    tiers.promoting.leased(chunk)
+        rest, last = keys[len(found) :], found[-1] if found else None
+        coming = tiers.follow(space, rest, last)
+        writing = 0 if coming else space.being_written(rest, last)
+        if not again:
+            counters.lookups += 1
+            counters.asked_chunks += len(keys) - skip
+            counters.hit_chunks += len(leased)
+            counters.disk_hit_chunks += coming
+            counters.miss_chunks += len(keys) - skip - len(leased) - coming
+        return LookupResult([chunk.location for chunk in leased], coming, writing)
 
     def release(self, session: SessionId, lease_ids: Sequence[LeaseId]) -> int:
         """End read leases; how many there were. Unknown ids are remembered: a late Lookup with one is refused."""
@@ -239,39 +296,92 @@ class ChunkStore:
         now = self._advance()
         self._transfers.end(ticket, failed, now + self._limits.quarantine_s)
 
+    # ------------------------------------------------------------ pins and times of use
+
+    def pin(self, tenant: str, namespace_id: bytes, key: bytes) -> int:
+        """Keep the chunk with this key and all before it, or with an empty key all of the namespace, in the pool and on
+        the disks; what is not there yet, from when it is stored. Idempotent. How many chunks are covered now.
+
+        ``InvalidRequest`` when id or key have the wrong length, ``LimitReached`` when there are too many pins or more
+        than half of a tier would be pinned. What a pin comes to cover later is left out where it would be more.
+        """
+        self._advance()
+        covered = self._pins.pin(Pin(tenant, namespace_id, key))
+        self.on_pins(self._pins.save())
+        return covered
+
+    def unpin(self, tenant: str, namespace_id: bytes, key: bytes) -> int:
+        """Take a pin back; how many chunks it covered, 0 when there was none."""
+        self._advance()
+        covered = self._pins.unpin(Pin(tenant, namespace_id, key))
+        self.on_pins(self._pins.save())
+        return covered
+
+    def pins(self, tenant: str) -> list[PinFigures]:
+        """The pins of a tenant, and what they cover."""
+        return self._pins.of(tenant)
+
+    def load_pins(self, saved: object) -> None:
+        """Pins of the daemon before, as ``on_pins`` heard them. Before or after what they cover is there again."""
+        self._pins.load(saved)
+
+    def save_times(self, wall: float) -> list[list[float]]:
+        """When what is in the pool was used, as plain data; ``wall`` is the wall clock's time."""
+        return self._books.expiry.save(wall, self._books.last_stamp)
+
+    def load_times(self, saved: object, wall: float) -> None:
+        """What ``save_times`` gave a former daemon. After the pool is restored, before anything else uses it."""
+        self._books.expiry.restore(saved, wall, self._clock(), self._books.last_stamp)
+
     # ------------------------------------------------------------ keeping house
 
     def tick(self) -> None:
-        """End what ends by time: read leases, quarantines. Every request does as much; this is for when none comes."""
+        """End what ends by time: read leases, quarantines. Every request does as much; this is for when none comes.
+
+        And a part of what is done in the background: let go of what has expired, and keep some of the pool free.
+        """
         self._advance()
+        self._sweeper.step()
+        keep_free(self._books)
 
     def drop(self, tenant: str, namespace_id: bytes | None) -> tuple[int, int]:
-        """Drop what nobody holds of one namespace or of all of ``tenant``; how many chunks were dropped and kept.
+        """Drop what nobody holds of one namespace or of all of ``tenant``, from every tier.
+
+        How many chunks are gone, and how many were kept.
 
         ``NamespaceUnknown`` when the tenant has no such namespace.
         """
         self._advance()
         spaces = [space for space in self._books.spaces.values() if space.namespace.tenant == tenant]
+        unfound = self.tiers.unfound(tenant)
         if namespace_id is not None:
             spaces = [space for space in spaces if space.namespace.id == namespace_id]
-            if not spaces:
+            unfound = [one for one in unfound if one == namespace_id]
+            if not spaces and not unfound:
                 raise NamespaceUnknown("the tenant has nothing in this namespace")
-        dropped = kept = 0
+        for one in unfound:
+            self.tiers.drop_unfound(one)
+        gone = kept = 0
         for space in spaces:
+            known = len({*space.chunks, *space.records})
+            self.tiers.spilling.withdraw(space)
             for top in [chunk for chunk in space.chunks.values() if not chunk.holds]:
                 if space.chunks.get(top.key) is top:  # not gone with its parent yet
-                    dropped += self._books.evict(top)
-            kept += len(space.chunks)
-        self.counters.dropped_chunks += dropped
-        return dropped, kept
+                    self.counters.dropped_chunks += self._books.evict(top)
+            self.counters.dropped_records += self.tiers.drop(space)
+            left = len({*space.chunks, *space.records})
+            gone += known - left
+            kept += left
+            self._books.forget_if_empty(space)
+        return gone, kept
 
     def audit(self) -> list[str]:
         """What does not agree between any two books; empty = clean. O(chunks), a few microseconds each."""
-        return audit(self._books, self._sessions.books, self._reads, self._transfers)
+        return audit(self._books, self._sessions.books, self._reads, self._transfers, self.tiers)
 
     def stats(self) -> StoreStats:
         """A snapshot, read from the books. O(namespaces + sessions + leases)."""
-        return figures(self._books, self._sessions.books.values())
+        return figures(self._books, self._sessions.books.values(), self.tiers)
 
     # ------------------------------------------------------------ checks and steps
 
@@ -309,4 +419,6 @@ class ChunkStore:
             self._end_read(lease)
             self.counters.expired_leases += 1
         self._books.end_quarantines(now)
+        self._books.advance(now)
+        self.tiers.tick(now)
         return now

@@ -25,6 +25,7 @@ from kvd_client.keeper import SessionKeeper
 from kvd_client.leases import ReadLease, WriteLease
 from kvd_client.messages import Found, NamespaceHandle, SessionInfo
 from kvd_client.path import Attachment, DataPath, Piece
+from kvd_client.patience import Patience
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -148,13 +149,36 @@ class Client:
         return NamespaceHandle(identity, chunk_bytes)
 
     def lookup(
-        self, namespace: NamespaceHandle, keys: Sequence[bytes], *, skip: int = 0, timeout_s: float | None = None
+        self,
+        namespace: NamespaceHandle,
+        keys: Sequence[bytes],
+        *,
+        skip: int = 0,
+        again: bool = False,
+        wait_s: float = 0.0,
+        timeout_s: float | None = None,
     ) -> ReadLease:
-        """Leases the longest stored prefix of ``keys`` for reading, without its first ``skip`` chunks.
+        """Leases the longest prefix of ``keys`` that is in memory, for reading, without its first ``skip`` chunks.
+
+        What follows it on a disk is on its way into memory from now on: ``promoting`` of the lease says how many
+        chunks. ``wait_s``: waits so long for them and leases what has come by then; ``timeout_s`` is the deadline of
+        each question meanwhile. Who waits by other means asks ``again`` (it is not another use of the chunks), and
+        releases the former lease after that: what it holds may be evicted otherwise.
 
         Keys beyond the daemon's bound are not asked for: the answer is the longest prefix up to there. Raises
         Unavailable (at once when the breaker is open), DeadlineExceeded, InvalidRequest, LimitReached.
         """
+        lease = self._lookup(namespace, keys, skip, again, timeout_s)
+        patience = Patience(time.monotonic(), wait_s)
+        while patience.heard(time.monotonic(), len(lease), lease.promoting):
+            time.sleep(max(0.0, patience.ask_at - time.monotonic()))
+            with lease:
+                lease = self._lookup(namespace, keys, skip, True, timeout_s)
+        return lease
+
+    def _lookup(
+        self, namespace: NamespaceHandle, keys: Sequence[bytes], skip: int, again: bool, timeout_s: float | None
+    ) -> ReadLease:
         deadline = self._deadline(timeout_s)
         session = self._keeper.require()
         keys = keys[: session.max_chunks]
@@ -162,7 +186,7 @@ class Client:
             return ReadLease(session, self.timeout_s, 0, Found([], 0, 0))
         namespace_id = session.namespace_id(namespace, deadline)
         lease_id = next(self._lease_ids)
-        found = session.lookup(namespace_id, lease_id, keys, skip, deadline)
+        found = session.lookup(namespace_id, lease_id, keys, skip, deadline, again=again)
         return ReadLease(session, self.timeout_s, lease_id, found)
 
     def reserve(
@@ -195,13 +219,15 @@ class Client:
     ) -> int:
         """Fills ``buffers`` (chunk_bytes each, writable) with the longest stored prefix of ``keys``.
 
-        Returns how many chunks arrived intact, counted from the first; buffers beyond hold anything. A daemon that is
-        missing, slow or restarting makes the prefix shorter, down to 0.
+        Returns how many chunks arrived intact, counted from the first; buffers beyond hold anything. Chunks on a disk
+        are waited for, for half of the time at most. A daemon that is missing, slow or restarting makes the prefix
+        shorter, down to 0.
         """
         _same_length(keys, buffers)
         deadline = self._deadline(timeout_s)
+        half = _remaining(deadline) / 2
         try:
-            with self.lookup(namespace, keys, timeout_s=_remaining(deadline)) as lease:
+            with self.lookup(namespace, keys, wait_s=half, timeout_s=half) as lease:
                 span = whole(namespace.chunk_bytes)
                 pieces = [Piece(at, span, buffer) for at, buffer in zip(lease.locations, buffers, strict=False)]
                 intact = lease.session.path(deadline).read(lease.lease_id, pieces, deadline) if pieces else []

@@ -10,6 +10,7 @@ import time
 from kvd.wire.endpoints import Endpoint
 from kvd.wire.errors import KvdError, ProtocolMismatch, Unauthenticated, Unavailable
 from kvd_client.breaker import Breaker
+from kvd_client.mapping import housekeeper
 from kvd_client.path import Kind
 from kvd_client.session import Session
 
@@ -98,6 +99,7 @@ class SessionKeeper:
             self._condition.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSE_TIMEOUT_S)
+        housekeeper.release()
 
     def _run(self) -> None:
         pause_s = FIRST_PAUSE_S
@@ -108,7 +110,7 @@ class SessionKeeper:
             try:
                 session.open(self._name, time.monotonic() + OPEN_TIMEOUT_S)
             except Exception as error:
-                session.close()
+                session.close(keep_memory=True)  # a daemon that is about to stop, perhaps
                 self._note(error)
                 self._pause(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -119,7 +121,7 @@ class SessionKeeper:
                 self._watch(session)
             finally:
                 self._publish(None)
-                session.close()
+                session.close(keep_memory=not self._closing.is_set())
 
     def _watch(self, session: Session) -> None:
         """Serves a session until it ends, is given up, or the client closes."""

@@ -36,7 +36,8 @@ class ReadLease:
         self.epoch = session.epoch
         #: The slots of ``keys[skip : skip + len(lease)]``.
         self.locations = found.locations
-        #: Further chunks on their way into memory: ask again soon.
+        #: Further chunks on their way into memory, from a disk or because a restarted daemon checks them first: ask
+        #: again soon.
         self.promoting = found.promoting
         #: Further chunks that are being written now.
         self.writing = found.writing

@@ -42,11 +42,19 @@ class Lifeline:
     Unavailable, DeadlineExceeded, Unauthenticated, PermissionDenied, SessionUnknown, LimitReached or ProtocolMismatch.
     """
 
-    def __init__(self, connection: socket.socket, daemon_id: int, ticket: bytes, segments: list[Descriptors]) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        daemon_id: int,
+        ticket: bytes,
+        segments: list[Descriptors],
+        holder: int | None = None,
+    ) -> None:
         self.socket = connection
         self.daemon_id = daemon_id
         self.ticket = ticket
         self.segments = segments
+        self._holder = holder
 
     @classmethod
     def open(cls, path: str, timeout_s: float) -> Lifeline:
@@ -58,8 +66,15 @@ class Lifeline:
         """A further lifeline of the session with this token."""
         return cls._connect(path, wire.Kind.ATTACH, token, timeout_s)
 
+    def take_holder(self) -> int | None:
+        """The holder's descriptor, the caller's from now on, if one came: to be kept as long as the socket."""
+        holder, self._holder = self._holder, None
+        return holder
+
     def drop_descriptors(self) -> None:
         """Closes the received descriptors; mappings made of them stay."""
+        if (holder := self.take_holder()) is not None:
+            os.close(holder)
         while self.segments:
             _, data_fd, table_fd = self.segments.pop()
             os.close(data_fd)
@@ -84,7 +99,7 @@ class Lifeline:
             connection.connect(path)
             connection.send(wire.HELLO.pack(wire.MAGIC, wire.VERSION, kind, token))
             message, descriptors, flags, _ = socket.recv_fds(
-                connection, wire.MAX_MESSAGE_BYTES, 2 * wire.MAX_SEGMENTS, socket.MSG_CMSG_CLOEXEC
+                connection, wire.MAX_MESSAGE_BYTES, wire.MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
             )
             try:
                 lifeline = _welcomed(cls, connection, message, descriptors, bool(flags & socket.MSG_CTRUNC))
@@ -125,7 +140,7 @@ def _welcomed(
         raise Unavailable("the daemon closed the lifeline without an answer")
     if len(message) < wire.WELCOME.size:
         raise ProtocolMismatch("the lifeline's answer is too short")
-    magic, version, status, daemon_id, ticket, count = wire.WELCOME.unpack_from(message)
+    magic, version, status, daemon_id, ticket, count, holders = wire.WELCOME.unpack_from(message)
     if magic != wire.MAGIC:
         raise ProtocolMismatch("this is not the lifeline of a kvd daemon")
     if status != wire.Status.OK:
@@ -134,8 +149,11 @@ def _welcomed(
         raise ProtocolMismatch(f"the lifeline speaks version {version}, this client {wire.VERSION}")
     if len(message) < wire.WELCOME.size + count * wire.SEGMENT.size:
         raise ProtocolMismatch("the lifeline's answer names more segments than it describes")
-    if truncated or len(descriptors) != 2 * count:
-        raise Unavailable(f"{len(descriptors)} descriptors arrived for {count} segments: too many open files?")
+    if truncated or len(descriptors) != 2 * count + holders:
+        expected = 2 * count + holders
+        raise Unavailable(f"{len(descriptors)} descriptors of {expected} arrived: too many open files?")
+    if holders > 1:
+        raise ProtocolMismatch(f"the lifeline's answer brings {holders} holders")
     segments = [
         Descriptors(
             wire.SegmentInfo(*wire.SEGMENT.unpack_from(message, wire.WELCOME.size + i * wire.SEGMENT.size)),
@@ -144,4 +162,4 @@ def _welcomed(
         )
         for i in range(count)
     ]
-    return cls(connection, daemon_id, ticket, segments)
+    return cls(connection, daemon_id, ticket, segments, descriptors[-1] if holders else None)

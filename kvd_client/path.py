@@ -64,9 +64,10 @@ class DataPath(Protocol):
         """Pieces whose bytes did not arrive as they were sent, since the path was opened."""
 
     def memory(self) -> list[memoryview]:
-        """All memory that views can lie in, for registration with a device; [] over TCP.
+        """All memory that views can lie in, for registration with a device and nothing else; [] over TCP.
 
-        Like a view it keeps the memory mapped.
+        Like a view it keeps the memory mapped; unlike a view it does not keep the session's write leases. The same
+        memory may come again with the next path, after the daemon has been restarted.
         """
 
     def view(self, location: Location, length: int) -> memoryview | None:

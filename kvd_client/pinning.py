@@ -38,6 +38,7 @@ class _Area:
     memory: memoryview  # keeps the mapping alive: registered memory must not be unmapped
     begin: int
     end: int
+    users: int = 1
     stop: threading.Event = field(default_factory=threading.Event)
     done: list[int] = field(default_factory=list)
     thread: threading.Thread | None = None
@@ -54,25 +55,30 @@ class Pinning:
         self._areas: dict[int, _Area] = {}
 
     def add(self, memory: memoryview) -> None:
-        """Begins to register an area; returns at once. An area already known is left alone."""
+        """Begins to register an area; returns at once. One that is known already only gets one user more: so the
+        registration stays when a path comes with the same memory before the old one is gone.
+        """
         address = address_of(memory)
         area = _Area(memory, address, address + memory.nbytes)
         with self._lock:
-            if address in self._areas:
+            if (known := self._areas.get(address)) is not None:
+                known.users += 1
                 return
             self._areas[address] = area
         area.thread = threading.Thread(target=self._work, args=(area,), name="kvd-pinning", daemon=True)
         area.thread.start()
 
     def remove(self, address: int) -> None:
-        """Ends the registration of the area at ``address``: waits for the piece under way, undoes the rest.
-
-        The area's edges are forgotten only afterwards; no copy in the area may be under way.
+        """The area at ``address`` has one user less. With the last one its registration ends: this waits for the piece
+        under way and undoes the rest. The area's edges are forgotten only afterwards; no copy in it may be under way.
         """
         with self._lock:
             area = self._areas.get(address)
-        if area is None:
-            return
+            if area is None:
+                return
+            area.users -= 1
+            if area.users > 0:
+                return
         area.stop.set()
         if area.thread is not None:
             area.thread.join()
@@ -88,6 +94,8 @@ class Pinning:
         """Removes every area."""
         with self._lock:
             known = list(self._areas)
+            for area in self._areas.values():
+                area.users = 1
         for address in known:
             self.remove(address)
 

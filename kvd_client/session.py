@@ -132,13 +132,18 @@ class Session:
         self._ended.set()
         self._changed()
 
-    def close(self) -> None:
-        """Ends everything the session holds. Mapped memory stays as long as somebody has a view of it."""
+    def close(self, *, keep_memory: bool = False) -> None:
+        """Ends everything the session holds. Mapped memory stays as long as somebody has a view of it.
+
+        ``keep_memory``: the daemon has gone, and the next session may well find the same pool; it stays for a while.
+        """
         self._ended.set()
         if self._channel is not None:
             self._channel.close()
         with self._path_lock:
             if self._path is not None:
+                if keep_memory and isinstance(self._path, ShmPath):
+                    self._path.retain()
                 self._path.close()
         if self._lifeline is not None:
             self._lifeline.close()
@@ -186,9 +191,11 @@ class Session:
             self._namespaces[namespace.key] = known
         return known
 
-    def lookup(self, namespace_id: bytes, lease_id: int, keys: Sequence[bytes], skip: int, deadline: float) -> Found:
+    def lookup(
+        self, namespace_id: bytes, lease_id: int, keys: Sequence[bytes], skip: int, deadline: float, *, again: bool
+    ) -> Found:
         """One Lookup. A lease whose answer does not arrive is released when the daemon is back."""
-        request = pb.LookupRequest(namespace_id=namespace_id, lease_id=lease_id, keys=keys, skip=skip)
+        request = pb.LookupRequest(namespace_id=namespace_id, lease_id=lease_id, keys=keys, skip=skip, again=again)
         self._check(deadline)
         try:
             answer = self._send(self._stub.Lookup, request, deadline)

@@ -1,86 +1,61 @@
-"""The shared-memory data path: the pool's own bytes, mapped into this process.
+"""The shared-memory data path: the pool's own bytes, mapped into this process (``mapping.py``).
 
-Mappings are made and ended through libc, which releases the GIL: unmapping a large pool takes long.
-
-**Who may still be writing?** The daemon takes the open lifeline socket for the answer, so the socket is closed only
-after the memory has been unmapped, and that happens when nobody holds a view of it any more: not the path, not a copy
-under way, not an engine that asked for a ``view``. References decide, nothing has to be declared.
+**Who may still be writing?** The daemon takes the open lifeline socket for the answer, and a later daemon the lock of
+the holder that came with it. Both are closed when nobody holds a view of the pool's bytes on behalf of this lifeline
+any more: not the path, not a copy under way, not an engine that asked for a ``view``. References decide, nothing has to
+be declared. The path itself lets go as soon as it sees that the daemon has gone.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import socket
 import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvd.wire.chunks import Location
 from kvd.wire.errors import ProtocolMismatch, SessionUnknown, Unavailable
-from kvd.wire.lifeline import GRANULE_BYTES, TABLE_HEADER, TABLE_HEADER_BYTES, TABLE_MAGIC, WORD_BYTES, SegmentInfo
+from kvd.wire.lifeline import GRANULE_BYTES, TABLE_HEADER, TABLE_HEADER_BYTES, TABLE_MAGIC, WORD_BYTES
 from kvd_client.lifeline import Descriptors, Lifeline, ended
+from kvd_client.mapping import READ, READ_WRITE, Mapping, housekeeper, map_file
 from kvd_client.path import Attachment, Kind, Piece
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_longlong,
-]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_MAP_FAILED = ctypes.c_void_p(-1).value
+
+class _Hold:
+    """Why the daemon takes this process for a possible writer. Every view refers to it; it ends with the last one."""
+
+    def __init__(self, connection: socket.socket, holder: int | None) -> None:
+        self._finalizer = weakref.finalize(self, _let_go, connection, holder)
+        self._finalizer.atexit = False  # other threads may still be copying: the kernel closes when they have stopped
 
 
-class _Segment(NamedTuple):
-    data: memoryview  # all of it; keeps the mapping alive
-    address: int
-    table_address: int
+def _let_go(connection: socket.socket, holder: int | None) -> None:
+    connection.close()
+    if holder is not None:
+        os.close(holder)
+
+
+class _Table(NamedTuple):
+    """The generation table of a segment."""
+
+    mapping: Mapping
+    address: int  # of the first word
     granules: int
 
 
-class _Mapped:
-    """The mappings of one lifeline, and the lifeline itself. Every view refers to it; when the last one is gone the
-    memory is unmapped, and after that the lifeline closed."""
+class _Segment(NamedTuple):
+    """A segment of a daemon that lives."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._ranges: list[tuple[int, int]] = []
-        self._finalizer = weakref.finalize(self, _release, self._ranges, connection)
-        # At exit other threads may still be copying; the kernel does all of this in the right order.
-        self._finalizer.atexit = False
-
-    def map(self, descriptor: int, length_bytes: int, protection: int) -> int:
-        """Address of a new shared mapping. Raises Unavailable."""
-        if os.fstat(descriptor).st_size < length_bytes:
-            raise ProtocolMismatch("a segment is smaller than the daemon says")
-        address = _libc.mmap(None, length_bytes, protection, mmap.MAP_SHARED, descriptor, 0)
-        if address is None or address == _MAP_FAILED:
-            raise Unavailable(f"{length_bytes} bytes of the pool cannot be mapped: {os.strerror(ctypes.get_errno())}")
-        self._ranges.append((address, length_bytes))
-        return int(address)
-
-    def bytes_at(self, address: int, length_bytes: int) -> memoryview:
-        """Writable bytes of a mapping; as long as the view or a part of it lives, so does the mapping."""
-        pool_bytes: Any = type("PoolBytes", (ctypes.c_ubyte * length_bytes,), {})
-        array = pool_bytes.from_address(address)
-        array.mapped = self
-        return memoryview(array).cast("B")
-
-
-def _release(ranges: list[tuple[int, int]], connection: socket.socket) -> None:
-    for address, length_bytes in ranges:
-        _libc.munmap(address, length_bytes)
-    connection.close()
+    data: memoryview  # all of it; keeps the mapping and the hold
+    address: int
+    table: _Table
 
 
 class ShmPath:
@@ -95,13 +70,18 @@ class ShmPath:
         self._socket = lifeline.socket
         self._gone = False
         self._fence = threading.Lock()
+        self._mappings: list[Mapping] = []
+        self._memory: list[memoryview] = []
+        self._tables: dict[int, _Table] = {}
         self._segments: dict[int, _Segment] = {}
-        mapped = _Mapped(lifeline.socket)
+        hold = _Hold(lifeline.socket, lifeline.take_holder())
         try:
             for descriptors in lifeline.segments:
-                self._segments[descriptors.info.index] = _map_segment(mapped, descriptors, lifeline.daemon_id)
+                self._map(descriptors, lifeline.daemon_id, hold)
         finally:
             lifeline.drop_descriptors()
+        housekeeper.release()  # what was kept for this session it has by now
+        housekeeper.watch(self)
 
     @classmethod
     def attach(cls, attachment: Attachment, timeout_s: float) -> ShmPath:
@@ -117,11 +97,12 @@ class ShmPath:
         """See ``DataPath``."""
         if not self._gone and (not self._segments or ended(self._socket)):
             self._gone = True
+            self._segments = {}  # and with them the hold; the tables still tell what was read in time
         return not self._gone
 
     def memory(self) -> list[memoryview]:
         """See ``DataPath``."""
-        return [segment.data for segment in self._segments.values()]
+        return list(self._memory)
 
     def view(self, location: Location, length: int) -> memoryview | None:
         """See ``DataPath``."""
@@ -136,8 +117,8 @@ class ShmPath:
         for _ in range(2):
             with self._fence:
                 pass
-        segments = self._segments
-        return [_holds(segments.get(location.segment), location) for location in locations]
+        tables = self._tables
+        return [_published(tables.get(location.segment), location) for location in locations]
 
     def read(self, lease_id: int, pieces: Sequence[Piece], deadline: float) -> list[bool]:
         """See ``DataPath``."""
@@ -152,7 +133,29 @@ class ShmPath:
     def close(self) -> None:
         """See ``DataPath``."""
         self._gone = True
-        self._segments = {}
+        self._segments, self._tables, self._memory, self._mappings = {}, {}, [], []
+
+    def retain(self) -> None:
+        """The daemon has gone and may come back: keeps the mappings for the next path of this process, for a while."""
+        housekeeper.retain(self._mappings)
+
+    def _map(self, descriptors: Descriptors, daemon_id: int, hold: _Hold) -> None:
+        info = descriptors.info
+        granules = info.data_bytes // GRANULE_BYTES
+        if info.granule_bytes != GRANULE_BYTES or info.table_bytes < TABLE_HEADER_BYTES + granules * WORD_BYTES:
+            raise ProtocolMismatch(f"segment {info} is not one that this client can read")
+        data = map_file(descriptors.data_fd, info.data_bytes, READ_WRITE)
+        words = map_file(descriptors.table_fd, info.table_bytes, READ)
+        *header, writer = TABLE_HEADER.unpack(ctypes.string_at(words.address, TABLE_HEADER.size))
+        if header != [TABLE_MAGIC, GRANULE_BYTES, info.index, granules]:
+            raise ProtocolMismatch(f"the generation table of segment {info.index} says {header}")
+        if writer != daemon_id:
+            raise Unavailable("the daemon was restarted in between")
+        table = _Table(words, words.address + TABLE_HEADER_BYTES, granules)
+        self._mappings.append(data)
+        self._memory.append(data.bytes())
+        self._tables[info.index] = table
+        self._segments[info.index] = _Segment(data.bytes(on_behalf_of=hold), data.address, table)
 
     def _copy(self, pieces: Sequence[Piece], deadline: float, *, into_slots: bool) -> list[bool]:
         segments = self._segments  # holds the mappings while the copies are under way
@@ -167,7 +170,7 @@ class ShmPath:
                 good = (
                     alive
                     and segment is not None
-                    and _holds(segment, location)
+                    and _published(segment.table, location)
                     and span.fits(len(segment.data) - location.offset)
                     and time.monotonic() < deadline
                 )
@@ -183,27 +186,14 @@ class ShmPath:
         return done
 
 
-def _map_segment(mapped: _Mapped, descriptors: Descriptors, daemon_id: int) -> _Segment:
-    info: SegmentInfo = descriptors.info
-    granules = info.data_bytes // GRANULE_BYTES
-    if info.granule_bytes != GRANULE_BYTES or info.table_bytes < TABLE_HEADER_BYTES + granules * WORD_BYTES:
-        raise ProtocolMismatch(f"segment {info} is not one that this client can read")
-    address = mapped.map(descriptors.data_fd, info.data_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
-    table_address = mapped.map(descriptors.table_fd, info.table_bytes, mmap.PROT_READ)
-    header = TABLE_HEADER.unpack(ctypes.string_at(table_address, TABLE_HEADER.size))
-    if header != (TABLE_MAGIC, GRANULE_BYTES, info.index, granules, daemon_id):
-        raise ProtocolMismatch(f"the generation table of segment {info.index} says {header}")
-    return _Segment(mapped.bytes_at(address, info.data_bytes), address, table_address + TABLE_HEADER_BYTES, granules)
-
-
-def _holds(segment: _Segment | None, location: Location) -> bool:
+def _published(table: _Table | None, location: Location) -> bool:
     """Whether the table says that the slot holds the location's generation. One aligned 8-byte load."""
-    if segment is None or location.generation == 0:
+    if table is None or location.generation == 0:
         return False
     granule, rest = divmod(location.offset, GRANULE_BYTES)
-    if rest or not 0 <= granule < segment.granules:
+    if rest or not 0 <= granule < table.granules:
         return False
-    word = ctypes.c_uint64.from_address(segment.table_address + granule * WORD_BYTES).value
+    word = ctypes.c_uint64.from_address(table.address + granule * WORD_BYTES).value
     return word == location.generation
 
 

@@ -36,6 +36,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     processes = leftovers.after(GRACE_S)
     complaints += [f"process {process.pid} is left: {process.command}" for process in processes]
     complaints += [f"directory {directory} is left" for directory in leftovers.directories()]
+    if not hasattr(session.config, "workerinput"):  # workers of a parallel run end while others still run
+        complaints += [f"pool {pool} is left" for pool in leftovers.pools()]
     leftovers.end(processes)
     if complaints and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

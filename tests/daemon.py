@@ -3,8 +3,13 @@
     with Daemon(pool="16MiB", quarantine=0.2) as daemon:
         client = Client(f"unix:{daemon.socket}")
 
-Every flag of ``kvd serve`` is a keyword (``pool_dir=...`` is ``--pool-dir``, ``True`` is a flag without a value).
-A daemon that is started again after ``kill`` or ``stop`` comes back on the same socket and the same ports.
+Every flag of ``kvd serve`` is a keyword (``pool_dir=...`` is ``--pool-dir``, ``True`` is a flag without a value, a list
+one that is given several times). A daemon that is started again after ``kill`` or ``stop`` comes back on the same
+socket and the same ports, with the same directories. Its pool is anonymous, and it has no disk, unless told otherwise:
+
+    with Daemon(warm=True, spill="64MiB") as daemon:  # a pool that outlives the process, and a directory for extents
+        daemon.kill()
+        daemon.start()
 """
 
 from __future__ import annotations
@@ -64,17 +69,29 @@ def run_kvd(*arguments: str, timeout_s: float = 60.0, **environment: str) -> sub
 
 
 class Daemon:
-    """One ``kvd serve`` process. ``start=False`` leaves it unstarted; ``env`` adds environment variables."""
+    """One ``kvd serve`` process. ``start=False`` leaves it unstarted; ``env`` adds environment variables.
 
-    def __init__(self, *, start: bool = True, env: dict[str, str] | None = None, **options: object) -> None:
+    ``warm``: the pool is files in a directory of its own on tmpfs (``pool_directory``). ``spill=SIZE`` without
+    ``spill_dir``: extents lie in ``spill_directory``. Both directories go with the daemon's ``close``.
+    """
+
+    def __init__(
+        self, *, start: bool = True, env: dict[str, str] | None = None, warm: bool = False, **options: object
+    ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="kvd-test-", dir="/tmp"))
+        self.pool_directory = Path(tempfile.mkdtemp(prefix="kvd-test-", dir="/dev/shm")) if warm else None
+        self.spill_directory = self.directory / "spill"
         self.options: dict[str, object] = {
             "socket": str(self.directory / "kvd.sock"),
             "listen": "127.0.0.1:0",
             "http": "127.0.0.1:0",
             "pool": "64MiB",
+            "pool_dir": self.pool_directory or "none",
             **options,
         }
+        if "spill" in options and "spill_dir" not in options:
+            self.spill_directory.mkdir()
+            self.options["spill_dir"] = self.spill_directory
         self.line = ""
         self._env = env or {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -144,13 +161,17 @@ class Daemon:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait(STOP_TIMEOUT_S)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for directory in (self.directory, self.pool_directory):
+            if directory is not None:
+                shutil.rmtree(directory, ignore_errors=True)
         _alive.discard(self)
 
     def __enter__(self) -> Daemon:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            print(f"--- log of the daemon on {self.socket}\n{self.log[-6000:]}", file=sys.stderr)
         self.close()
 
     # -- where it is
@@ -241,11 +262,12 @@ class Daemon:
     def _flags(self) -> list[str]:
         flags = []
         for name, value in self.options.items():
-            if value is None or value is False:
-                continue
-            flags.append("--" + name.replace("_", "-"))
-            if value is not True:
-                flags.append(str(value))
+            for one in value if isinstance(value, list) else [value]:
+                if one is None or one is False:
+                    continue
+                flags.append("--" + name.replace("_", "-"))
+                if one is not True:
+                    flags.append(str(one))
         return flags
 
     def _endpoint(self, kind: str) -> str:

@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 _MARK = "RUN_OF_KVD_TESTS"
 
+#: Where daemons keep pools that outlive them: files there are memory, and nobody else would ever give it back.
+SHARED_MEMORY = Path("/dev/shm")
+
 #: Python's own helper: it ends when the process does that it serves.
 _BELONGS_TO_US = "multiprocessing.resource_tracker"
 
@@ -34,11 +37,20 @@ class Leftovers:
         self._mark = uuid.uuid4().hex
         os.environ[_MARK] = self._mark
         self._directories: list[Path] = []
+        self._pools_before = set(_pools())
         sys.addaudithook(self._heard)
 
     def directories(self) -> list[Path]:
         """Temporary directories called ``kvd-...`` that this process has made and nobody has removed."""
         return [directory for directory in self._directories if directory.exists()]
+
+    def pools(self) -> list[Path]:
+        """Directories of pools that were not there at first and that no process uses, whoever has made them.
+
+        Those of test daemons are not among them: each run watches its own as ``directories``.
+        """
+        new = [pool for pool in _pools() if pool not in self._pools_before and not pool.name.startswith("kvd-test-")]
+        return [pool for pool in new if not _in_use(pool)]
 
     def processes(self) -> list[Process]:
         """Processes that this one has started, directly or not, and that have not ended."""
@@ -85,3 +97,22 @@ def _parent_and_state(entry: Path) -> tuple[int, str]:
     # The command's name stands in brackets and may hold anything, brackets too.
     fields = (entry / "stat").read_text().rpartition(")")[2].split()
     return int(fields[1]), fields[0]
+
+
+def _pools() -> list[Path]:
+    """``/dev/shm/kvd-...``; where that is a user's own (``kvd-1000``), its directories, one for each daemon."""
+    found = []
+    for path in SHARED_MEMORY.glob("kvd-*"):
+        found += list(path.iterdir()) if path.name == f"kvd-{os.getuid()}" else [path]
+    return found
+
+
+def _in_use(directory: Path) -> bool:
+    """Whether a process has a file of ``directory`` mapped: then it belongs to a daemon of somebody else."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f" {directory}/" in (process / "maps").read_text():
+                return True
+        except OSError:
+            continue  # it has just ended, or is not ours to look at
+    return False

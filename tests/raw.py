@@ -49,7 +49,7 @@ class RawLifeline:
             found.frombytes(data)
         self.descriptors += found
         size = lifeline.WELCOME.size
-        magic, version, status, daemon_id, ticket, count = lifeline.WELCOME.unpack_from(message)
+        magic, version, status, daemon_id, ticket, count, _ = lifeline.WELCOME.unpack_from(message)
         assert (magic, version) == (lifeline.MAGIC, lifeline.VERSION)
         segments = [
             lifeline.SegmentInfo(*lifeline.SEGMENT.unpack_from(message, size + i * lifeline.SEGMENT.size))

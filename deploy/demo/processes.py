@@ -40,8 +40,8 @@ class Daemon:
         self.log = directory / "daemon.log"
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvd", "serve", "--pool", "1GiB", "--socket", str(directory / "kvd.sock")]
-                + ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"],
+                [sys.executable, "-m", "kvd", "serve", "--pool", "1GiB", "--pool-dir", "none"]
+                + ["--socket", str(directory / "kvd.sock"), "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

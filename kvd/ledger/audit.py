@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from kvd.ledger.audit_disks import audit_disks
+from kvd.ledger.audit_tree import audit_tree
 from kvd.ledger.books import SEGMENT, Books
 from kvd.ledger.chunk import Chunk, Home, Leaving
 from kvd.ledger.index import Space
 from kvd.ledger.leases import ReadLeases, SessionBook
 from kvd.ledger.terms import ReadableGenerations
+from kvd.ledger.tiers import Tiers
 from kvd.ledger.transfers import Transfers
 from kvd.types import ChunkState, SessionId
 from kvd.wire.frames import Op
@@ -19,11 +22,15 @@ MAX_FINDINGS = 100
 
 
 def audit(
-    books: Books, sessions: Mapping[SessionId, SessionBook], reads: ReadLeases, transfers: Transfers
+    books: Books,
+    sessions: Mapping[SessionId, SessionBook],
+    reads: ReadLeases,
+    transfers: Transfers,
+    tiers: Tiers,
 ) -> list[str]:
     """Findings, at most ``MAX_FINDINGS``; empty = the books agree. Changes nothing. O(chunks + leases)."""
     findings: list[str] = []
-    for finding in _findings(books, sessions, reads, transfers):
+    for finding in _findings(books, sessions, reads, transfers, tiers):
         findings.append(finding)
         if len(findings) >= MAX_FINDINGS:
             break
@@ -31,20 +38,38 @@ def audit(
 
 
 def _findings(
-    books: Books, sessions: Mapping[SessionId, SessionBook], reads: ReadLeases, transfers: Transfers
+    books: Books,
+    sessions: Mapping[SessionId, SessionBook],
+    reads: ReadLeases,
+    transfers: Transfers,
+    tiers: Tiers,
 ) -> Iterator[str]:
     held: Counter[Chunk] = Counter()
     written: Counter[Chunk] = Counter()
     for transfer in transfers.under_way.values():
         (held if transfer.op is Op.READ else written).update(chunk for chunk in transfer.chunks if chunk is not None)
     yield from _leases(books, sessions, reads, held)
+    if books.pins is not None:
+        for named in books.pins.named.values():
+            held.update(named)
+    held.update(tiers.spilling.sealing)
+    held.update(tiers.promoting.kept())
+    held.update(chunk for chunk in books.by_offset.values() if chunk.to_write)
     for space in books.spaces.values():
         yield from _space(books, space, sessions, held)
-    yield from _slots(books, sessions, held, written)
+    writers = {**sessions, tiers.promoting.session.id: tiers.promoting.session}
+    yield from _slots(books, writers, held, written, set(tiers.unproven))
     yield from _policy(books)
     yield from _generations(books)
     yield from _totals(books)
     yield from books.slots.audit()
+    yield from audit_disks(books, tiers)
+    yield from audit_tree(
+        "pool",
+        books,
+        {space: {chunk for chunk in space.chunks.values() if chunk.draft is None} for space in books.spaces.values()},
+        {space: space.slots * space.slot_bytes for space in books.spaces.values()},
+    )
 
 
 def _name(chunk: Chunk) -> str:
@@ -87,7 +112,7 @@ def _space(
     name = space.namespace.id.hex()[:16]
     if space.sessions != sum(book.spaces.get(space.namespace.id) is space for book in sessions.values()):
         yield f"namespace {name}: {space.sessions} sessions counted, another number has it open"
-    if not space.sessions and not space.slots:
+    if not space.sessions and not space.slots and not space.records:
         yield f"namespace {name} is empty, open in no session, and not forgotten"
     seen = 0
     stack = [chunk for chunk in space.chunks.values() if chunk.parent is None]
@@ -104,6 +129,8 @@ def _space(
                 yield f"{_name(child)} is linked wrongly to its parent or sibling"
             if child.state is ChunkState.READY and chunk.state is not ChunkState.READY:
                 yield f"{_name(child)} is READY, its parent is not"
+            if child.record is not None and chunk.record is None:
+                yield f"{_name(child)} has a record, its parent has none"
             previous = child
             stack.append(child)
     if seen != len(space.chunks):
@@ -112,7 +139,9 @@ def _space(
     held_below: Counter[Chunk] = Counter()
     for chunk in reversed(order):
         draft = chunk.draft
-        ready = chunk.state is ChunkState.READY
+        ready = chunk.state in (ChunkState.READY, ChunkState.STALE)
+        if (chunk.state is ChunkState.STALE) is not (chunk in books.stale):
+            yield f"{_name(chunk)} is {chunk.state.value}, and the books of STALE chunks say otherwise"
         if space.chunks.get(chunk.key) is not chunk or chunk.space is not space:
             yield f"{_name(chunk)} is not in the index of its namespace under its key"
         if books.by_offset.get(chunk.location.offset) is not chunk:
@@ -131,10 +160,15 @@ def _space(
 
 
 def _slots(
-    books: Books, sessions: Mapping[SessionId, SessionBook], held: Counter[Chunk], written: Counter[Chunk]
+    books: Books,
+    sessions: Mapping[SessionId, SessionBook],
+    held: Counter[Chunk],
+    written: Counter[Chunk],
+    unproven: set[Chunk],
 ) -> Iterator[str]:
     """Every slot in use is of one chunk, in one place; slabs, sessions and namespaces count the same."""
     quarantined = {chunk for _, chunk in books.quarantine}
+    waiting = quarantined | unproven
     ends = [until for until, _ in books.quarantine]
     if ends != sorted(ends) or len(quarantined) != len(ends):
         yield "the quarantine is out of order, or holds a slot twice"
@@ -170,7 +204,7 @@ def _slots(
             yield f"{_name(chunk)} is doomed and under no write lease"
         elif draft.leaving is not None and (
             draft.lease is not None
-            or (draft.leaving is Leaving.QUARANTINE and not draft.writes) is not (chunk in quarantined)
+            or (draft.leaving is Leaving.QUARANTINE and not draft.writes) is not (chunk in waiting)
         ):
             yield f"{_name(chunk)} leaves, and neither quarantine nor a transfer keeps it"
         if written[chunk] != (0 if draft is None else draft.writes):
@@ -230,7 +264,11 @@ def _totals(books: Books) -> Iterator[str]:
     writing = sum(space.writing for space in books.spaces.values())
     ready = sum(space.ready for space in books.spaces.values())
     ended = counters.stored_chunks + counters.failed_chunks + counters.aborted_chunks + counters.quarantined_chunks
+    drafts = [chunk.draft for chunk in books.by_offset.values() if chunk.draft is not None]
+    writing -= sum(draft.promoted and draft.leaving is None for draft in drafts)
     if counters.reserved_chunks != ended + writing:
         yield f"{counters.reserved_chunks} chunks were reserved, {ended} have ended, {writing} are being written"
-    if counters.stored_chunks != ready + counters.evicted_chunks + counters.dropped_chunks:
-        yield f"{counters.stored_chunks} chunks were stored, {ready} are there, another number has left"
+    came = counters.stored_chunks + counters.promoted_chunks + counters.recovered_chunks
+    left = counters.evicted_chunks + counters.dropped_chunks + counters.condemned_chunks + counters.expired_chunks
+    if came != ready + left:
+        yield f"{came} chunks came, {ready} are there, {left} have left"

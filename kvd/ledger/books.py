@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from kvd.ledger.chunk import Chunk, Draft, Home, Leaving
+from kvd.ledger.coverage import Grid
 from kvd.ledger.eviction import EvictionPolicy
 from kvd.ledger.index import Space
 from kvd.ledger.leases import SessionBook, WriteLease
-from kvd.ledger.terms import Counters, Generations
-from kvd.types import ChunkState, Location
+from kvd.ledger.records import Records
+from kvd.ledger.terms import Counters, Generations, SlotJournal, Unwritten
+from kvd.ledger.tree import Tree
+from kvd.types import ROOT, ChunkState, Location, Namespace
 
 #: The pool is one segment.
 SEGMENT = 0
@@ -53,6 +56,9 @@ class Slots(Protocol):
     def free(self, offset: int) -> None:
         """Take a slot back."""
 
+    def claim(self, offset: int, slot_bytes: int) -> None:
+        """Give out the slot at ``offset``, as a former life did. Raises ``ValueError`` when it cannot be one."""
+
     def slab_of(self, offset: int) -> int:
         """Where the slab of a slot begins."""
 
@@ -66,59 +72,75 @@ class Slots(Protocol):
         """What does not agree inside the allocator."""
 
 
-class Books:
+def _ignore(chunk: Chunk) -> None:
+    """Who hears of READY chunks when there is nowhere else to keep them."""
+
+
+class Books(Tree[Chunk]):
     """State and transitions; every public method leaves the books consistent. Decides nothing and checks no client."""
 
     def __init__(
         self,
         slots: Slots,
         generations: Generations,
-        policy: EvictionPolicy,
+        policy: EvictionPolicy[Chunk],
         counters: Counters,
         first_generation: int = 0,
+        journal: SlotJournal | None = None,
+        records: Records | None = None,
     ) -> None:
+        super().__init__(policy)
         self.slots = slots
         self.generations = generations
-        self.policy = policy
         self.counters = counters
+        self.journal: SlotJournal = Unwritten() if journal is None else journal
+        self._written = journal is not None
+        self.records = records
+        if records is not None:
+            records.on_empty = self.forget_if_empty
+        #: Hears of every chunk that has become READY, and of every READY one that was used and has no record.
+        self.on_ready: Callable[[Chunk], None] = _ignore
         self.spaces: dict[bytes, Space] = {}
         self.homes: dict[int, Home] = {}  # by the offset of the slab
         self.by_offset: dict[int, Chunk] = {}  # every slot in use
+        self.wanted: Counter[Space] = Counter()  # slots, since ``keep_free`` looked
         self.quarantine: deque[tuple[float, Chunk]] = deque()  # by the time at which each ends
+        self.stale: dict[Chunk, bool] = {}  # the STALE ones, and whether only their parents are missing
         self.last_generation = first_generation
-        self.last_stamp = 0
 
-    # ------------------------------------------------------------ holds and touches
-
-    def hold(self, chunk: Chunk) -> None:
-        """One more reason not to evict ``chunk``. O(1), and O(depth) when nothing of its prefix was held."""
-        at: Chunk | None = chunk
-        while at is not None:
-            at.holds += 1
-            if at.holds > 1:
-                return
-            at.home.held += 1
-            self.policy.discard(at)
-            at = at.parent
-
-    def unhold(self, chunk: Chunk) -> None:
-        """One reason less."""
-        at: Chunk | None = chunk
-        while at is not None:
-            at.holds -= 1
-            if at.holds:
-                return
-            at.home.held -= 1
-            if at.first_child is None:
-                self.policy.add(at)
-            at = at.parent
+    # ------------------------------------------------------------ uses and namespaces
 
     def touch(self, chunk: Chunk) -> None:
-        """A request has used ``chunk``."""
+        """A request has used a READY ``chunk``. Every hit comes through here: ``_stamp`` is written out."""
         self.last_stamp = stamp = self.last_stamp + 1
-        chunk.home.heat += stamp - chunk.touched
+        before = chunk.touched
         chunk.touched = stamp
-        self.policy.touch(chunk)
+        chunk.uses += 1
+        chunk.home.heat += stamp - before
+        self.policy.touch(chunk, before)
+        if self._written:
+            self.journal.used(chunk.location.offset, stamp, chunk.uses)
+        if chunk.record is not None and self.records is not None:
+            self.records.touch(chunk.record)
+
+    def advance(self, now: float) -> None:
+        """It is ``now``, in every tier: what is used from here on is used then."""
+        super().advance(now)
+        if self.records is not None:
+            self.records.advance(now)
+
+    def open_space(self, namespace: Namespace, grid: Grid) -> Space:
+        """New books for a namespace that has none."""
+        space = Space(namespace, self.slots.slot_bytes(namespace.chunk_bytes), grid)
+        self.journal.describe(namespace)
+        self.spaces[namespace.id] = space
+        return space
+
+    def forget_if_empty(self, space: Space) -> None:
+        """Close the books of a namespace that nobody has open and nothing is stored in."""
+        empty = not space.sessions and not space.slots and not space.records
+        if empty and self.spaces.pop(space.namespace.id, None) is not None:
+            self.journal.forget(space.namespace.id)
 
     # ------------------------------------------------------------ from reserved to READY
 
@@ -129,16 +151,20 @@ class Books:
         self.last_generation += 1
         self.last_stamp += 1
         location = Location(SEGMENT, offset, self.last_generation)
-        chunk = Chunk(key, space, location, home, self.last_stamp, Draft(session, lease), holds=1)
+        parent_key = ROOT if parent is None else parent.key
+        chunk = Chunk(key, space, self.last_stamp, location, home, Draft(session, lease), holds=1)
         home.chunks += 1
         home.held += 1
         home.heat += chunk.touched
         space.chunks[key] = self.by_offset[offset] = lease.chunks[key] = chunk
         space.writing += 1
+        self.charge(space, space.slot_bytes)
         session.writing_bytes += space.slot_bytes
         if parent is not None:
             parent.adopt(chunk)
             self.hold(parent)
+        named = space.namespace
+        self.journal.granted(offset, location.generation, named.id, key, parent_key, named.chunk_bytes)
         self.generations.publish(location)
         return chunk
 
@@ -146,20 +172,53 @@ class Books:
         """All bytes of a WRITING chunk are there: READY with all that waited for it, or WAITING for its parent."""
         self._end_lease(chunk, draft)
         chunk.state = ChunkState.WAITING
+        if chunk.parent is None or chunk.parent.state is ChunkState.READY:
+            self._make_ready(chunk)
+
+    def sound(self, chunk: Chunk) -> None:
+        """The bytes of a STALE chunk are right: it is READY as soon as its parent is, with all that waited for it."""
+        self.stale[chunk] = True
         if chunk.parent is not None and chunk.parent.state is not ChunkState.READY:
             return
-        promoted = [chunk]
-        for one in promoted:
-            promoted.extend(child for child in one.children() if child.state is ChunkState.WAITING)
+        ready = [chunk]
+        for one in ready:
+            del self.stale[one]
+            one.state = ChunkState.READY
+            for child in one.children():
+                if child.state is ChunkState.WAITING:
+                    self._make_ready(child)
+                elif self.stale.get(child):
+                    ready.append(child)
+            self.on_ready(one)
+
+    def _make_ready(self, chunk: Chunk) -> None:
+        """A WAITING chunk's parent is READY."""
+        ready = [chunk]
+        for one in ready:
+            ready.extend(child for child in one.children() if child.state is ChunkState.WAITING)
             if one.draft is not None:
                 one.draft.session.writing_bytes -= one.space.slot_bytes
+                if one.draft.promoted:
+                    self.counters.promoted_chunks += 1
+                else:
+                    self.counters.stored_chunks += 1
             one.draft = None
-            one.state = ChunkState.READY
             one.space.writing -= 1
             one.space.ready += 1
-            self.counters.stored_chunks += 1
-            self.touch(one)
+            self.lift(one.parent)
+            self._stamp(one)
+            self.journal.ready(one.location.offset, one.touched, one.uses)
+            if one.checksum is not None:
+                self.journal.sealed(one.location.offset, one.checksum)
+            one.state = ChunkState.READY
+            known = one.space.records.get(one.key)
+            if known is not None and not known.condemned:
+                one.record = known
+            self.policy.enter(one)
+            if self.pins is not None:
+                self.pins.entered(one)
             self.unhold(one)
+            self.on_ready(one)
 
     def give_up(self, chunk: Chunk, draft: Draft, quarantine_until: float | None = None) -> None:
         """Take a chunk that is not READY out of the books, for its writer has ended.
@@ -170,13 +229,12 @@ class Books:
         self._end_lease(chunk, draft)
         if not draft.doomed:
             for below in reversed(chunk.subtree()):
-                self._unlink(below)
+                self._remove(below)
                 if below is not chunk and below.draft is not None:
                     if below.state is ChunkState.WRITING:
                         below.draft.doomed = True
                     else:
-                        self.counters.failed_chunks += 1
-                        self._vacate(below, below.draft, None)
+                        self._fail(below, below.draft)
         self._vacate(chunk, draft, quarantine_until)
 
     def end_write(self, chunk: Chunk, draft: Draft, quarantine_until: float) -> None:
@@ -200,18 +258,41 @@ class Books:
         """Free ``top`` and all below it, leaves first; ``top.holds`` must be 0. How many chunks that were."""
         subtree = top.subtree()
         for chunk in reversed(subtree):
-            self.policy.discard(chunk)
-            self._unlink(chunk)
-            chunk.space.ready -= 1
-            self._free(chunk)
+            self._let_go(chunk)
         return len(subtree)
 
-    def forget_if_empty(self, space: Space) -> None:
-        """Close the books of a namespace that nobody has open and nothing is stored in."""
-        if not space.sessions and not space.slots:
-            self.spaces.pop(space.namespace.id, None)
+    def condemn(self, top: Chunk) -> int:
+        """A STALE chunk is damaged: it goes, and all below it. Who writes below it learns at Commit.
+
+        How many chunks went. Below a STALE chunk nothing is READY, so nobody reads there.
+        """
+        gone = 0
+        for chunk in reversed(top.subtree()):
+            draft = chunk.draft
+            if draft is None:
+                gone += 1
+                self._let_go(chunk)
+                continue
+            self._remove(chunk)
+            if chunk.state is ChunkState.WRITING:
+                draft.doomed = True
+            else:
+                self._fail(chunk, draft)
+        self.counters.condemned_chunks += gone
+        return gone
 
     # ------------------------------------------------------------ the steps inside
+
+    def _let_go(self, chunk: Chunk) -> None:
+        """Free a READY or STALE chunk without children."""
+        if chunk.holds and self.pins is not None:
+            self.pins.leaves(chunk)
+        self.policy.discard(chunk)
+        self.policy.leave(chunk)
+        self._remove(chunk)
+        chunk.space.ready -= 1
+        self.stale.pop(chunk, None)
+        self._free(chunk)
 
     def _end_lease(self, chunk: Chunk, draft: Draft) -> None:
         lease = draft.lease
@@ -222,17 +303,26 @@ class Books:
         if not lease.chunks:
             draft.session.writes.pop(lease.id, None)
 
-    def _unlink(self, chunk: Chunk) -> None:
+    def _stamp(self, chunk: Chunk) -> int:
+        before = super()._stamp(chunk)
+        chunk.home.heat += chunk.touched - before
+        return before
+
+    def _held(self, chunk: Chunk, change: int) -> None:
+        chunk.home.held += change
+
+    def _remove(self, chunk: Chunk) -> None:
         """Take a chunk without children out of the index and from its parent."""
         del chunk.space.chunks[chunk.key]
-        parent = chunk.parent
-        if parent is None:
-            return
-        chunk.leave()
-        if chunk.holds:
-            self.unhold(parent)
-        elif parent.first_child is None and not parent.holds:
-            self.policy.add(parent)
+        self._unlink(chunk)
+
+    def _fail(self, chunk: Chunk, draft: Draft) -> None:
+        """What a complete chunk waited for will not come."""
+        if draft.promoted:
+            self.counters.promote_failures += 1
+        else:
+            self.counters.failed_chunks += 1
+        self._vacate(chunk, draft, None)
 
     def _vacate(self, chunk: Chunk, draft: Draft, quarantine_until: float | None) -> None:
         draft.session.writing_bytes -= chunk.space.slot_bytes
@@ -264,5 +354,7 @@ class Books:
         if not home.chunks:
             del self.homes[self.slots.slab_of(offset)]
         del self.by_offset[offset]
+        self.journal.freed(offset)
         self.slots.free(offset)
+        self.charge(chunk.space, -chunk.space.slot_bytes)
         self.forget_if_empty(chunk.space)

@@ -6,9 +6,18 @@ from collections.abc import Iterator
 
 from kvd.ledger.books import Books, SlabWindow
 from kvd.ledger.chunk import Chunk
+from kvd.ledger.index import Space
+from kvd.types import Namespace
 
-#: Windows whose chunks are looked at one by one, the coldest by their slabs' mean ages first.
+#: Windows that may be emptied and whose chunks are looked at one by one, the coldest by their slabs' mean ages first.
 _WINDOWS_WEIGHED = 4
+#: Chunks that make way for one slot inside a hard share, at most. More than one only where slots differ in size.
+_FOR_ONE_SLOT = 64
+#: Slots freed ahead in one round of ``keep_free``, at most, and the part of the pool that they may be.
+_AHEAD = 256
+_AHEAD_SHARE = 0.01
+#: A pool with less than this in no slab is full: what is freed ahead is not for just anybody.
+_ROOM_SHARE = 2 * _AHEAD_SHARE
 
 
 class RoomMaker:
@@ -18,26 +27,61 @@ class RoomMaker:
     slot size, or emptying a window of slabs of other sizes. The chance that a chunk is wanted again is taken to be
     inverse to its age, the uses of chunks since its own last one; what is free already loses nothing. Scanning the
     windows is O(slabs), so it is done once per request and again only when the slot size has no victim left.
+
+    Where shares say what may be taken for whom (``kvd.ledger.shares``), this is asked first of everything.
     """
 
-    def __init__(self, books: Books, slot_bytes: int) -> None:
+    def __init__(self, books: Books, space: Space) -> None:
         self._books = books
-        self._slot_bytes = slot_bytes
+        self._space = space
+        self._slot_bytes = space.slot_bytes
         self._compared = False
         self._full = False
+        self._next: Chunk | None = None  # the victim, when that is known
 
-    def slot(self) -> int | None:
-        """Offset of a slot, made free by eviction if need be; None when nothing can be evicted now."""
-        if self._full:
+    def slot(self, newcomer: bytes | None = None, parent: Chunk | None = None) -> int | None:
+        """Offset of a slot, made free by eviction if need be; None when nothing can be evicted now.
+
+        None as well when the policy says that ``newcomer``, below ``parent``, is worth less than who would go for it.
+        """
+        self._next = None
+        if self._full or (newcomer is not None and not self._admits(newcomer, parent)):
             return None
-        offset = self._books.slots.allocate(self._slot_bytes)
-        if offset is None and self._make():
+        offset = None
+        if self._within_hard_share():
             offset = self._books.slots.allocate(self._slot_bytes)
+            if offset is None and self._make():
+                offset = self._books.slots.allocate(self._slot_bytes)
         self._full = offset is None
+        if not self._full:
+            self._books.wanted[self._space] += 1
         return offset
 
+    def _admits(self, newcomer: bytes, parent: Chunk | None) -> bool:
+        """Whether ``newcomer`` is let in: always while there is room, and always on its way to a disk."""
+        books = self._books
+        if books.records is not None or books.slots.free_bytes > books.slots.total_bytes * _ROOM_SHARE:
+            return True
+        victim = self._next = self._victim()
+        return victim is None or books.policy.admits(self._space, newcomer, parent, victim)
+
+    def _within_hard_share(self) -> bool:
+        """Whether there may be one more slot of the namespace, after evicting others in its share if need be."""
+        shares, namespace = self._books.shares, self._space.namespace
+        if shares is None:
+            return True
+        for _ in range(_FOR_ONE_SLOT):
+            if shares.fits(namespace, self._slot_bytes):
+                return True
+            # Of any size: else a size that comes late would never get more of the share than it has.
+            victim = shares.victim(namespace, self._slot_bytes, None)
+            if victim is None:
+                return False
+            self._evict(victim)
+        return shares.fits(namespace, self._slot_bytes)
+
     def _make(self) -> bool:
-        victim = self._books.policy.coldest(self._slot_bytes)
+        victim = self._next or self._victim()
         if victim is None or not self._compared:
             self._compared = True
             slabs = self._coldest_window(victim)
@@ -46,19 +90,28 @@ class RoomMaker:
                 return True
         if victim is None:
             return False
-        self._books.counters.evicted_chunks += self._books.evict(victim)
+        self._evict(victim)
         return True
+
+    def _victim(self) -> Chunk | None:
+        shares = self._books.shares
+        if shares is None:
+            return self._books.policy.coldest(self._slot_bytes)
+        return shares.victim(self._space.namespace, self._slot_bytes, self._slot_bytes)
 
     def _coldest_window(self, victim: Chunk | None) -> tuple[int, ...]:
         """The slabs of the window that loses least, if that is less than ``victim`` loses; otherwise nothing."""
-        least = float("inf") if victim is None else 1.0 / self._age(victim)
+        least = (True, float("inf")) if victim is None else (self._last_resort(victim), 1.0 / self._age(victim))
         best: tuple[int, ...] = ()
-        for floor, window in sorted(self._emptiable())[:_WINDOWS_WEIGHED]:
-            if floor >= least:
+        weighed = 0
+        for floor, window in sorted(self._emptiable()):
+            if weighed == _WINDOWS_WEIGHED or (False, floor) >= least:
                 break
             loss = self._loss(window)
-            if loss < least:
-                least, best = loss, window.slabs
+            if loss is not None:
+                weighed += 1
+                if loss < least:
+                    least, best = loss, window.slabs
         return best
 
     def _emptiable(self) -> Iterator[tuple[float, SlabWindow]]:
@@ -71,16 +124,35 @@ class RoomMaker:
                 floor = sum(home.chunks * home.slot_bytes / (next_stamp - home.heat / home.chunks) for home in inside)
                 yield floor / window.size_bytes, window
 
-    def _loss(self, window: SlabWindow) -> float:
-        """Loss by the chunks themselves: what lies below them in other slabs goes too, and gains nothing."""
+    def _loss(self, window: SlabWindow) -> tuple[bool, float] | None:
+        """Loss by the chunks themselves: what lies below them in other slabs goes too, and gains nothing.
+
+        Before it, whether only the last resort would take them; None when shares forbid it altogether.
+        """
+        shares = self._books.shares
+        taking = None if shares is None else shares.taking(self._space.namespace)
         going: set[Chunk] = set()
         left = self._inside(window.slabs)
         while left:
             chunk = left.pop()
-            if chunk not in going:  # otherwise all below it has been seen too
-                going.add(chunk)
-                left.extend(chunk.children())
-        return sum(chunk.space.slot_bytes / self._age(chunk) for chunk in going) / window.size_bytes
+            if chunk in going:
+                continue  # all below it has been seen too
+            going.add(chunk)
+            left.extend(chunk.children())
+            if taking is not None and shares is not None:
+                space = chunk.space
+                if not taking.add(shares.accounts(space.namespace), space.slot_bytes):
+                    return None
+        loss = sum(chunk.space.slot_bytes / self._age(chunk) for chunk in going) / window.size_bytes
+        return taking is not None and taking.last_resort, loss
+
+    def _last_resort(self, victim: Chunk) -> bool:
+        shares = self._books.shares
+        if shares is None:
+            return False
+        taking = shares.taking(self._space.namespace)
+        taking.add(shares.accounts(victim.space.namespace), self._slot_bytes)
+        return taking.last_resort
 
     def _age(self, chunk: Chunk) -> int:
         return self._books.last_stamp + 1 - chunk.touched
@@ -92,21 +164,79 @@ class RoomMaker:
     def _empty(self, slabs: tuple[int, ...]) -> None:
         for chunk in self._inside(slabs):
             if self._books.by_offset.get(chunk.location.offset) is chunk:  # not gone with its parent yet
-                self._books.counters.evicted_chunks += self._books.evict(chunk)
+                self._evict(chunk)
+
+    def _evict(self, chunk: Chunk) -> None:
+        self._next = None
+        self._books.counters.evicted_chunks += self._books.evict(chunk)
 
 
-def make_room_for_namespace(books: Books, max_namespaces: int) -> bool:
+def keep_free(books: Books) -> None:
+    """A round of the background: what was asked for in the time since the last one is made free ahead of the next.
+
+    So as many slots are free as are wanted from one round to the next, of the sizes and inside the shares of those who
+    want them, within a small bound; and a pool that nobody stores into stays full. A share that was made smaller also
+    gives back some of what it has too much. O(1) when nothing was asked for, or more is free than that bound.
+    """
+    wanted = dict(books.wanted)
+    most_bytes = int(books.slots.total_bytes * _AHEAD_SHARE)
+    left = _AHEAD
+    if books.slots.free_bytes < most_bytes:
+        for space, count in wanted.items():
+            if books.spaces.get(space.namespace.id) is space:
+                ahead = min(count, left, most_bytes // space.slot_bytes)
+                _free_ahead(books, space, ahead)
+                left -= ahead
+                most_bytes -= ahead * space.slot_bytes
+    books.wanted.clear()
+    while books.shares is not None and left > 0 and (chunk := books.shares.beyond()) is not None:
+        books.counters.evicted_chunks += books.evict(chunk)
+        left -= 1
+
+
+def _free_ahead(books: Books, space: Space, count: int) -> None:
+    """Let at least ``count`` slots of ``space`` be free, if that many can be: take them, and give them back."""
+    room = RoomMaker(books, space)
+    taken: list[int] = []
+    while len(taken) < count and (offset := room.slot()) is not None:
+        books.charge(space, space.slot_bytes)
+        taken.append(offset)
+    for offset in taken:
+        books.slots.free(offset)
+        books.charge(space, -space.slot_bytes)
+
+
+def make_room_for_namespace(books: Books, newcomer: Namespace, max_namespaces: int) -> bool:
     """Whether there may be one more namespace, after dropping the one that was used the longest ago if need be.
 
-    Only namespaces that no session has open are dropped. O(namespaces + chunks dropped).
+    Only namespaces that no session has open are dropped, and none with anything pinned, held, or kept by a share. Their
+    records on the disks go as well. O(namespaces + chunks dropped).
     """
     if len(books.spaces) < max_namespaces:
         return True
     unused = [space for space in books.spaces.values() if not space.sessions and not space.writing + space.leaving]
     for space in sorted(unused, key=lambda space: space.touched):
-        if any(chunk.holds for chunk in space.chunks.values()):
-            continue  # a transfer of a session that has ended is still under way
-        for chunk in [chunk for chunk in space.chunks.values() if chunk.parent is None]:
-            books.counters.evicted_chunks += books.evict(chunk)
-        return True
+        held = any(chunk.holds for chunk in space.chunks.values()) or any(
+            record.holds for record in space.records.values()
+        )
+        if not held and _may_take_all(books, newcomer, space):
+            _drop_all(books, space)
+            return True
     return False
+
+
+def _may_take_all(books: Books, newcomer: Namespace, space: Space) -> bool:
+    """Whether shares allow that all of ``space`` goes for ``newcomer``."""
+    pool, disks = books.shares, None if books.records is None else books.records.shares
+    return (
+        pool is None or pool.taking(newcomer).add(pool.accounts(space.namespace), space.slots * space.slot_bytes)
+    ) and (disks is None or disks.taking(newcomer).add(disks.accounts(space.namespace), space.record_bytes))
+
+
+def _drop_all(books: Books, space: Space) -> None:
+    for chunk in [chunk for chunk in space.chunks.values() if chunk.parent is None]:
+        books.counters.evicted_chunks += books.evict(chunk)
+    if books.records is not None:
+        for record in [record for record in space.records.values() if record.parent is None]:
+            books.counters.dropped_records += books.records.drop(record)
+    books.forget_if_empty(space)

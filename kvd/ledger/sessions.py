@@ -73,8 +73,6 @@ class Sessions:
     def _new(self, namespace: Namespace) -> Space:
         identity = namespace.identity
         grid = Grid(identity.num_layers, identity.num_kv_heads)
-        if not make_room_for_namespace(self._books, self._limits.max_namespaces):
+        if not make_room_for_namespace(self._books, namespace, self._limits.max_namespaces):
             raise LimitReached(f"{self._limits.max_namespaces} namespaces are in use")
-        space = Space(namespace, self._books.slots.slot_bytes(namespace.chunk_bytes), grid)
-        self._books.spaces[namespace.id] = space
-        return space
+        return self._books.open_space(namespace, grid)

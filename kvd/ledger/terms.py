@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from kvd.types import Location, SessionId
+from kvd.types import Location, Namespace, Place, SessionId
 
 
 class Generations(Protocol):
@@ -25,6 +25,131 @@ class ReadableGenerations(Protocol):
 
     def word(self, segment: int, offset: int) -> int:
         """The word of the slot that begins at ``offset`` bytes of ``segment``; 0 = none published."""
+
+
+class SlotJournal(Protocol):
+    """What outlives the daemon: the pool's slot table, written step by step as the books change.
+
+    A daemon that ends between any two calls leaves a table from which the next one can tell every slot that holds a
+    READY chunk from every slot that somebody may still be writing.
+    """
+
+    def describe(self, namespace: Namespace) -> None:
+        """Slots of ``namespace`` are going to be granted."""
+
+    def forget(self, namespace_id: bytes) -> None:
+        """Nothing of the namespace is in the pool any more."""
+
+    def granted(
+        self, offset: int, generation: int, namespace_id: bytes, key: bytes, parent: bytes, chunk_bytes: int
+    ) -> None:
+        """The slot at ``offset`` is going to be written. Called before its generation is published."""
+
+    def ready(self, offset: int, touched: int, uses: int) -> None:
+        """The chunk is complete and its parent READY. Called before any reader can see it."""
+
+    def sealed(self, offset: int, checksum: int) -> None:
+        """The checksum of the READY chunk at ``offset``."""
+
+    def used(self, offset: int, touched: int, uses: int) -> None:
+        """The READY chunk at ``offset`` was used."""
+
+    def freed(self, offset: int) -> None:
+        """The slot is free. Called after its generation was retracted and before anybody else can get it."""
+
+
+class Unwritten:
+    """The journal of a pool that nobody can find again: a ``SlotJournal`` that keeps nothing."""
+
+    def describe(self, namespace: Namespace) -> None:
+        """Nothing."""
+
+    def forget(self, namespace_id: bytes) -> None:
+        """Nothing."""
+
+    def granted(
+        self, offset: int, generation: int, namespace_id: bytes, key: bytes, parent: bytes, chunk_bytes: int
+    ) -> None:
+        """Nothing."""
+
+    def ready(self, offset: int, touched: int, uses: int) -> None:
+        """Nothing."""
+
+    def sealed(self, offset: int, checksum: int) -> None:
+        """Nothing."""
+
+    def used(self, offset: int, touched: int, uses: int) -> None:
+        """Nothing."""
+
+    def freed(self, offset: int) -> None:
+        """Nothing."""
+
+
+class Budget(Protocol):
+    """How much may be written to the disks (``kvd.spill.budget``)."""
+
+    def take(self, size_bytes: int) -> bool:
+        """Whether so much may be written now; then it counts as written."""
+
+    def give(self, size_bytes: int) -> None:
+        """What was taken and not written after all."""
+
+    def count(self, size_bytes: int) -> None:
+        """So much is written whatever the budget says."""
+
+
+class ExtentSpace(Protocol):
+    """What the books need of the space on the disks (``kvd.spill.extents.Extents``): pure arithmetic."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that may be used: of extents on drives that work."""
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of records that are not dead."""
+
+    @property
+    def last_sequence(self) -> int:
+        """Of the youngest place that was given out or adopted."""
+
+    @property
+    def free_extents(self) -> int:
+        """Extents with nothing in them that can be opened now."""
+
+    @property
+    def kept_extents(self) -> int:
+        """So many of the free extents are not given out but to records that are moved."""
+
+    def record_bytes(self, payload_bytes: int) -> int:
+        """Size on disk of a record with this much payload."""
+
+    def fits(self, payload_bytes: int) -> bool:
+        """Whether an empty extent could hold a record with this much payload."""
+
+    def allocate(self, payload_bytes: int, *, moving: bool = False) -> Place | None:
+        """A place for a new record; None when there is none now. The last free extent is kept for ``moving``."""
+
+    def release(self, place: Place) -> None:
+        """The record at ``place`` is dead, or was never written."""
+
+    def adopt(self, place: Place) -> None:
+        """A scan has found the record at ``place``."""
+
+    def emptiest(self) -> tuple[int, int] | None:
+        """The full extent (drive, number) that has the least live bytes; None when there is none."""
+
+    def live_in(self, drive: int, extent: int) -> int:
+        """Live bytes of an extent."""
+
+    def dead_in(self, drive: int, extent: int) -> int:
+        """Bytes of an extent that emptying it would gain."""
+
+    def works(self, drive: int) -> bool:
+        """Whether the drive answers: what lies on it can be had."""
+
+    def audit(self) -> list[str]:
+        """What does not agree inside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +183,13 @@ class Counters:
     """Totals since the start. Only ever rise."""
 
     lookups: int = 0
-    #: Keys of lookups beyond their ``skip``; asked = hit + miss.
+    #: Keys of lookups beyond their ``skip``; asked = hit + disk hit + miss. A lookup that is asked ``again`` counts in
+    #: none of them: what it waits for was counted as a disk hit the first time.
     asked_chunks: int = 0
     #: Leased from the host tier.
     hit_chunks: int = 0
+    #: Found on disk behind what was leased: their promotion began, or was under way.
+    disk_hit_chunks: int = 0
     miss_chunks: int = 0
     #: Answers to the items of Reserve.
     reserved_chunks: int = 0
@@ -80,6 +208,35 @@ class Counters:
     expired_leases: int = 0
     #: Items of data-plane writes whose bytes did not arrive intact.
     checksum_failures: int = 0
+    #: Records that became READY chunks, and promotions that ended otherwise: the drive failed, or there was no slot.
+    promoted_chunks: int = 0
+    promote_failures: int = 0
+    unpromoted_no_room: int = 0
+    #: Records, and chunks that a former daemon left, whose bytes were not those that were stored.
+    corrupt_chunks: int = 0
+    #: Chunks of a former daemon that went because they, or what they hang on, were not what had been stored.
+    condemned_chunks: int = 0
+    #: READY chunks written to disk, and the size of their records; moved records count in ``moved_bytes`` only.
+    spilled_chunks: int = 0
+    spilled_bytes: int = 0
+    #: READY chunks that were not written: over the budget, too many waiting, seen only once, larger than an extent,
+    #: because their drive failed, or because shares keep the room for others.
+    unspilled_budget: int = 0
+    unspilled_backlog: int = 0
+    unspilled_admission: int = 0
+    unspilled_large: int = 0
+    unspilled_degraded: int = 0
+    unspilled_share: int = 0
+    #: Live records copied out of extents that were reclaimed, and records dropped to make room on the disks.
+    moved_bytes: int = 0
+    dropped_records: int = 0
+    #: Chunks and records that went because nobody had used them for ``ttl``.
+    expired_chunks: int = 0
+    expired_records: int = 0
+    #: Chunks and records that pins cover and that are not pinned: too much was already when they came.
+    unpinned_chunks: int = 0
+    #: READY chunks that a former daemon left in the pool and this one took over.
+    recovered_chunks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +249,46 @@ class PoolFigures:
     writing_bytes: int
     quarantined_bytes: int
     idle_slot_bytes: int
+    #: READY chunks of a former daemon that have a checksum and were not checked against it yet: nobody gets them.
+    unverified_chunks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFigures:
+    """What the books have on the disks, and what is on its way there (queue) and back (promoting)."""
+
+    records: int = 0
+    live_bytes: int = 0
+    total_bytes: int = 0
+    queue_chunks: int = 0
+    queue_bytes: int = 0
+    promoting_chunks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TenantFigures:
-    """What one tenant has in the pool: READY chunks, bytes of slots in any state, open sessions."""
+    """What one tenant has in the pool: READY chunks, bytes of slots in any state, open sessions; and on the disks.
+
+    ``soft_bytes`` and ``hard_bytes`` are its share of the pool; None = without that bound.
+    """
 
     tenant: str
     chunks: int
     bytes: int
     sessions: int
+    disk_chunks: int = 0
+    disk_bytes: int = 0
+    pinned_chunks: int = 0
+    soft_bytes: int | None = None
+    hard_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NamespaceFigures:
-    """What one namespace has in the pool: READY chunks, bytes of slots in any state."""
+    """What one namespace has in the pool: READY chunks, bytes of slots in any state; and on the disks.
+
+    ``soft_bytes`` and ``hard_bytes`` are its share of the pool; None = without that bound.
+    """
 
     namespace_id: bytes
     tenant: str
@@ -114,6 +296,11 @@ class NamespaceFigures:
     chunk_bytes: int
     chunks: int
     bytes: int
+    disk_chunks: int = 0
+    disk_bytes: int = 0
+    pinned_chunks: int = 0
+    soft_bytes: int | None = None
+    hard_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +323,4 @@ class StoreStats:
     namespaces: tuple[NamespaceFigures, ...]
     sessions: Mapping[SessionId, SessionFigures]
     counters: Mapping[str, int]
+    disk: DiskFigures = DiskFigures()

@@ -24,19 +24,23 @@ class Writing:
     ) -> list[ReserveResult]:
         """One answer per (key, parent); what is granted is under the new write lease ``lease_id``."""
         lease = WriteLease(lease_id, space)
-        room = RoomMaker(self._books, space.slot_bytes)
+        room = RoomMaker(self._books, space)
         # What is there already must not be evicted for the sake of what is not: the answers would be stale at once.
         present = [chunk for key, _ in items if (chunk := space.chunks.get(key)) is not None]
         for chunk in present:
             self._books.hold(chunk)
         book.writes[lease_id] = lease
         try:
-            return [self._reserve_one(book, lease, room, key, parent) for key, parent in items]
+            results = [self._reserve_one(book, lease, room, key, parent) for key, parent in items]
         finally:
             for chunk in present:
                 self._books.unhold(chunk)
             if not lease.chunks:
                 del book.writes[lease_id]
+        for (key, _), result in zip(items, results, strict=True):
+            if result.status in (ReserveStatus.NO_ROOM, ReserveStatus.NO_PARENT) and key not in space.chunks:
+                self._books.policy.missed(space, key)
+        return results
 
     def _reserve_one(
         self, book: SessionBook, lease: WriteLease, room: RoomMaker, key: bytes, parent_key: bytes
@@ -49,27 +53,30 @@ class Writing:
             counters.no_parent_chunks += 1
             return ReserveResult(ReserveStatus.NO_PARENT)
         if chunk is not None and chunk.state is ChunkState.READY:
+            self._books.lift(chunk.parent)
             self._books.touch(chunk)
             counters.present_chunks += 1
             return ReserveResult(ReserveStatus.PRESENT)
         if chunk is not None:
             counters.busy_chunks += 1
             return ReserveResult(ReserveStatus.BUSY)
-        offset = self._slot(book, room, space.slot_bytes, parent)
+        offset = self._slot(book, room, space.slot_bytes, key, parent)
         if offset is None:
             counters.no_room_chunks += 1
             return ReserveResult(ReserveStatus.NO_ROOM)
         counters.reserved_chunks += 1
         return ReserveResult(ReserveStatus.GRANTED, self._books.grant(key, parent, offset, book, lease).location)
 
-    def _slot(self, book: SessionBook, room: RoomMaker, slot_bytes: int, parent: Chunk | None) -> int | None:
+    def _slot(
+        self, book: SessionBook, room: RoomMaker, slot_bytes: int, key: bytes, parent: Chunk | None
+    ) -> int | None:
         if book.writing_bytes + slot_bytes > self._max_writing_bytes:
             return None
         if parent is None:
-            return room.slot()
+            return room.slot(key)
         self._books.hold(parent)  # it may be an evictable leaf still
         try:
-            return room.slot()
+            return room.slot(key, parent)
         finally:
             self._books.unhold(parent)
 

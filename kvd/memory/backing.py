@@ -1,11 +1,10 @@
-"""Where the pool's bytes come from: an unnamed file in memory, on the largest pages that are really to be had."""
+"""Where the pool's bytes come from: a file in memory, on the largest pages that are really to be had."""
 
 from __future__ import annotations
 
 import fcntl
 import mmap
 import os
-import tempfile
 from dataclasses import dataclass
 
 from kvd.memory.host import Available, available_memory, free_huge_pages, shmem_huge_policy
@@ -35,7 +34,7 @@ def is_memory_filesystem(directory: str) -> bool:
 
 
 def available_bytes(directory: str | None, huge_pages: bool, size: int) -> Available:
-    """What ``open_backing`` with these arguments could get at most."""
+    """What a new pool with these arguments could get at most."""
     if directory is not None and filesystem_magic(directory) == HUGETLBFS_MAGIC:
         pages, page_bytes = free_huge_pages(os.statvfs(directory).f_bsize)
         return Available(pages * page_bytes, f"free for {directory} in the hugetlb pool")
@@ -49,15 +48,12 @@ def available_bytes(directory: str | None, huge_pages: bool, size: int) -> Avail
     return min(memory, Available(found.f_bavail * found.f_frsize, f"free in {directory}"))
 
 
-def open_backing(size: int, *, directory: str | None = None, huge_pages: bool = False) -> Backing:
-    """An unnamed memory file of ``size`` bytes, cut to whole pages. Nothing of it outlives its last user.
+def anonymous_backing(size: int, *, huge_pages: bool = False) -> Backing:
+    """A memfd of ``size`` bytes, cut to whole pages. Nothing of it outlives its last user.
 
-    In ``directory`` when given, else a memfd. With ``huge_pages`` the file lies in the hugetlb pool if that has
-    room, else on transparent huge pages if the kernel gives them, else on ordinary pages, and ``note`` says so.
-    Raises OSError.
+    With ``huge_pages`` it lies in the hugetlb pool if that has room, else on transparent huge pages if the kernel gives
+    them, else on ordinary pages, and ``note`` says so. Raises OSError.
     """
-    if directory is not None:
-        return _in_directory(size, directory, huge_pages)
     if not huge_pages:
         return _memfd(size, PAGE_BYTES)
     free, huge_bytes = free_huge_pages()
@@ -85,27 +81,40 @@ def _memfd(
         # A client that cut the file short would make every other process fault on its next access.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         if flags & os.MFD_HUGETLB:
-            # The kernel sets huge pages aside when they are mapped, not before: try it while there is a way back.
-            mmap.mmap(fd, size).close()
+            _reserve(fd, size)
     except BaseException:
         os.close(fd)
         raise
     return Backing(fd, size, page_bytes, kind, advise_huge, note)
 
 
-def _in_directory(size: int, directory: str, huge_pages: bool) -> Backing:
-    fd, path = tempfile.mkstemp(prefix="kvd-pool-", dir=directory)
-    try:
-        os.unlink(path)
-        if filesystem_magic(directory) == HUGETLBFS_MAGIC:
-            page_bytes = os.statvfs(directory).f_bsize
-            return Backing(fd, _set_size(fd, size, page_bytes), page_bytes, f"hugetlbfs file in {directory}")
-        size = _set_size(fd, size, PAGE_BYTES)
-        # Its mount option decides about huge pages ("huge=advise" needs to be asked, "huge=always" does not).
-        return Backing(fd, size, PAGE_BYTES, f"file in {directory}", advise_huge=huge_pages)
-    except BaseException:
-        os.close(fd)
-        raise
+def whole_pages(size: int, directory: str) -> tuple[int, int]:
+    """``size`` cut to whole pages of the file system of ``directory``, and the bytes of such a page."""
+    huge = filesystem_magic(directory) == HUGETLBFS_MAGIC
+    page_bytes = os.statvfs(directory).f_bsize if huge else PAGE_BYTES
+    return size - size % page_bytes, page_bytes
+
+
+def named_backing(path: str, fd: int, size: int, *, huge_pages: bool = False) -> Backing:
+    """The file ``path``, open as ``fd``, as memory of ``size`` bytes; it is made so large when it is empty.
+
+    Its file system decides about the pages: a hugetlbfs has huge ones; the mount options of a tmpfs say whether
+    ``huge_pages`` means something ("huge=advise" needs to be asked, "huge=always" does not). Raises OSError.
+    """
+    directory = os.path.dirname(path)
+    size, page_bytes = whole_pages(size, directory)
+    huge = page_bytes > PAGE_BYTES
+    if not os.fstat(fd).st_size:
+        os.ftruncate(fd, size)
+        if huge:
+            _reserve(fd, size)
+    kind = f"hugetlbfs file in {directory}" if huge else f"file in {directory}"
+    return Backing(fd, size, page_bytes, kind, advise_huge=huge_pages and not huge)
+
+
+def _reserve(fd: int, size: int) -> None:
+    # The kernel sets huge pages aside when they are mapped, not before: try it while there is a way back.
+    mmap.mmap(fd, size).close()
 
 
 def _set_size(fd: int, size: int, page_bytes: int) -> int:

@@ -1,44 +1,41 @@
-"""A segment: the shared memory that holds the slots, and the table that tells which slot may be used."""
+"""A segment: the shared memory that holds the slots."""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import logging
 import mmap
 import os
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from kvd.memory import syscalls
-from kvd.memory.backing import open_backing
+from kvd.memory.backing import PAGE_BYTES, Backing
+from kvd.memory.generations import GenerationTable
 from kvd.types import Location
-from kvd.wire.lifeline import GRANULE_BYTES, TABLE_HEADER, TABLE_HEADER_BYTES, TABLE_MAGIC, WORD_BYTES, SegmentInfo
+from kvd.wire.lifeline import GRANULE_BYTES, SegmentInfo
 
 log = logging.getLogger(__name__)
 
 #: The pool is populated in pieces of this size, so that a stop is heard soon and nobody waits long for the kernel.
 POPULATE_PIECE_BYTES = 32 << 20
-_HEADER_WORDS = TABLE_HEADER_BYTES // WORD_BYTES
 
 
 class Segment:
     """One file of pool memory, mapped, with its generation table (``kvd/wire/lifeline.py``).
 
-    ``data``: the mapped bytes. ``data_fd``, ``table_fd``: what clients receive; the table cannot be written
-    through its descriptor. ``publish`` and ``retract`` are the store's way into the table; every other thread and
-    process only reads it.
+    ``data``: the mapped bytes. ``data_fd``, ``table_fd``: what clients receive.
     """
 
-    def __init__(
-        self, size: int, *, daemon_id: int, index: int = 0, directory: str | None = None, huge_pages: bool = False
-    ) -> None:
-        """Maps a new segment of ``size`` bytes, cut to whole pages; none of its memory is taken yet. Raises OSError."""
-        self._backing = open_backing(size, directory=directory, huge_pages=huge_pages)
-        self.index = index
-        self.size = self._backing.size
-        self.data_fd = self._backing.fd
+    def __init__(self, backing: Backing, generations: GenerationTable) -> None:
+        """Maps ``backing`` and takes it over, and ``generations``; none of its memory is taken yet. Raises OSError."""
+        self._backing = backing
+        self.generations = generations
+        self.index = generations.segment
+        self.size = backing.size
+        self.data_fd = backing.fd
+        self.table_fd = generations.fd
         self._huge_bytes: int | None = None  # not known before the kernel was asked
         self._stop = threading.Event()
         self._populating: threading.Thread | None = None
@@ -47,18 +44,13 @@ class Segment:
         self.address = _address(self._map)
         self._advise()
         self.locked, self._lock_note = self._lock()
-        granules = self.size // GRANULE_BYTES
-        self._table_bytes = TABLE_HEADER_BYTES + granules * WORD_BYTES
-        self.table_fd, self._table = _make_table(self._table_bytes)
-        TABLE_HEADER.pack_into(self._table, 0, TABLE_MAGIC, GRANULE_BYTES, index, granules, daemon_id)
-        self._words = memoryview(self._table).cast("Q")
 
     # -- what clients are told
 
     @property
     def info(self) -> SegmentInfo:
         """What a client needs to know to map this segment."""
-        return SegmentInfo(self.index, GRANULE_BYTES, self.size, self._table_bytes, self._backing.page_bytes)
+        return SegmentInfo(self.index, GRANULE_BYTES, self.size, self.generations.bytes, self._backing.page_bytes)
 
     def describe(self) -> str:
         """What the memory really is, for people: ``memfd, 4 KiB pages, locked``."""
@@ -83,35 +75,35 @@ class Segment:
 
     def publish(self, location: Location) -> None:
         """From now on the slot's bytes count as those of this generation."""
-        self._words[_HEADER_WORDS + location.offset // GRANULE_BYTES] = location.generation
+        self.generations.publish(location)
 
     def retract(self, location: Location) -> None:
         """The slot may be used for something else from now on: whoever copied from it must notice."""
-        self._words[_HEADER_WORDS + location.offset // GRANULE_BYTES] = 0
+        self.generations.retract(location)
 
     def word(self, segment: int, offset: int) -> int:
         """What the table says of the slot at ``offset`` bytes; for the audit. ``segment`` is this one's index."""
-        assert segment == self.index
-        return self._words[_HEADER_WORDS + offset // GRANULE_BYTES]
+        return self.generations.word(segment, offset)
 
     # -- memory
 
     def populate(self, progress: Callable[[int], None] | None = None) -> None:
-        """Takes all of the segment's memory from the system; blocks for about 0.8 s per GiB of 4 KiB pages.
+        """Takes the memory from the system that the segment has not taken yet; about 0.8 s per GiB of 4 KiB pages.
 
-        Safe while the segment is in use. ``progress`` hears the bytes done so far. Ends early at ``close``.
+        Blocks; safe while the segment is in use. ``progress`` hears how many bytes are there. Ends early at ``close``.
         """
-        for start in range(0, self.size, POPULATE_PIECE_BYTES):
+        for start, end in self._pieces():
             if self._stop.is_set():
                 return
-            length = min(POPULATE_PIECE_BYTES, self.size - start)
             try:
-                syscalls.madvise(self.address + start, length, syscalls.MADV_POPULATE_WRITE)
+                syscalls.madvise(self.address + start, end - start, syscalls.MADV_POPULATE_WRITE)
             except OSError as error:
                 log.warning("the pool is not populated (%s): its memory is taken as it is used", error.strerror)
                 return
             if progress is not None:
-                progress(start + length)
+                progress(end)
+        if progress is not None:
+            progress(self.size)
         if self._backing.advise_huge:
             self._huge_bytes = _huge_bytes_mapped(self.address)
             log.info("the pool has %d of %d bytes on huge pages", self._huge_bytes, self.size)
@@ -130,11 +122,9 @@ class Segment:
         self._stop.set()
         if self._populating is not None:
             self._populating.join(timeout=5)
-        self._words.release()
         self.data.release()
-        self._table.close()
         self._map.close()
-        os.close(self.table_fd)
+        self.generations.close()
         os.close(self.data_fd)
 
     # -- inside
@@ -143,6 +133,25 @@ class Segment:
         # Requests come first: the thread's own priority is lowered, not the process's.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         self.populate()
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """What is to be populated, begin and end: the holes, or everything where only touching a page locks it."""
+        start = 0
+        while start < self.size:
+            end = min(start + POPULATE_PIECE_BYTES, self.size)
+            if not self.locked:
+                start = self._first_hole(start)
+                if start >= self.size:
+                    return
+                end = min(start + POPULATE_PIECE_BYTES, self.size)
+            yield start, end
+            start = end
+
+    def _first_hole(self, start: int) -> int:
+        try:
+            return os.lseek(self.data_fd, start, os.SEEK_HOLE) // PAGE_BYTES * PAGE_BYTES
+        except OSError:  # hugetlbfs does not say; what is there already costs nothing
+            return start
 
     def _advise(self) -> None:
         if self._backing.advise_huge:
@@ -162,20 +171,6 @@ class Segment:
             limit = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard >> 10} KiB"
             return False, f"not locked in memory ({error.strerror}): the memlock limit is {limit} (see ulimit -l)"
         return True, ""
-
-
-def _make_table(size: int) -> tuple[int, mmap.mmap]:
-    """A zeroed table and the one writable mapping of it that there will ever be; the descriptor only reads."""
-    writable = os.memfd_create("kvd-generations", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(writable, size)
-        table = mmap.mmap(writable, size)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | syscalls.F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
-        # After this no descriptor of the file, however it was opened, gives a writable mapping or takes a write.
-        fcntl.fcntl(writable, fcntl.F_ADD_SEALS, seals)
-        return os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC), table
-    finally:
-        os.close(writable)
 
 
 def _address(mapping: mmap.mmap) -> int:

@@ -54,12 +54,17 @@ class _Slab:
         self.taken = 0
         self.used = bytearray(slots)  # 1 = in use
         self.fresh = 0  # slots from here on have never been used: a new slab of many slots costs nothing
-        self.freed: list[int] = []
+        self.freed: list[int] | None = []  # None: to be found from the marks
         self.listed = False  # whether the heap of its class holds it
 
+    def free_before_fresh(self) -> list[int]:
+        if self.freed is None:
+            self.freed = [index for index in range(self.fresh - 1, -1, -1) if not self.used[index]]
+        return self.freed
+
     def take(self) -> int:
-        if self.freed:
-            index = self.freed.pop()
+        if self.free_before_fresh():
+            index = self.free_before_fresh().pop()
         else:
             index = self.fresh
             self.fresh += 1
@@ -67,13 +72,24 @@ class _Slab:
         self.taken += 1
         return self.offset + index * self.slot_bytes
 
+    def claim(self, offset: int) -> None:
+        index, rest = divmod(offset - self.offset, self.slot_bytes)
+        if rest or index >= self.slots or self.used[index]:
+            raise ValueError(f"no free slot of {self.slot_bytes} bytes begins at offset {offset}")
+        self.used[index] = 1
+        self.taken += 1
+        if index >= self.fresh:
+            self.fresh = index + 1
+        self.freed = None
+
     def give(self, offset: int) -> None:
         index, rest = divmod(offset - self.offset, self.slot_bytes)
         if rest or index >= self.slots or not self.used[index]:
             raise ValueError(f"no slot in use begins at offset {offset}")
         self.used[index] = 0
         self.taken -= 1
-        self.freed.append(index)
+        if self.freed is not None:
+            self.freed.append(index)
 
 
 class _SizeClass:
@@ -138,6 +154,22 @@ class SlabAllocator:
         self._taken_bytes += slot_bytes
         return slab.take()
 
+    def claim(self, offset: int, slot_bytes: int) -> None:
+        """Mark the slot of ``slot_bytes`` at ``offset`` as in use: an allocator of the same pool has given it out.
+
+        In any order. Raises ``ValueError``, and changes nothing, when no slot of this size can begin there or when it
+        overlaps with what is in use.
+        """
+        if slot_bytes < GRANULE_BYTES or slot_bytes % GRANULE_BYTES or not 0 <= offset < self.total_bytes:
+            raise ValueError(f"no slot of {slot_bytes} bytes can begin at offset {offset}")
+        slab = self._regions[offset // self.region_bytes]
+        if slab is None:
+            slab = self._slab_for(offset, slot_bytes)
+        elif slab.slot_bytes != slot_bytes:
+            raise ValueError(f"slots of another size lie around offset {offset}")
+        slab.claim(offset)
+        self._taken_bytes += slot_bytes
+
     def free(self, offset: int) -> None:
         """Take the slot at ``offset`` back. Raises ``ValueError`` when no slot in use begins there."""
         slab = self._slab_around(offset)
@@ -188,7 +220,8 @@ class SlabAllocator:
             taken_bytes += slab.taken * slab.slot_bytes
             if not slab.taken or slab.taken != slab.used.count(1):
                 findings.append(f"slab {slab.offset}: {slab.taken} slots taken, {slab.used.count(1)} marked")
-            if slab.fresh - len(slab.freed) != slab.taken or len(set(slab.freed)) != len(slab.freed):
+            freed = slab.free_before_fresh()
+            if slab.fresh - len(freed) != slab.taken or len(set(freed)) != len(freed):
                 findings.append(f"slab {slab.offset}: its free list does not match its marks")
             if slab.taken < slab.slots and slab.offset not in self._classes[slab.slot_bytes].roomy:
                 findings.append(f"slab {slab.offset}: has room and is not listed")
@@ -216,8 +249,10 @@ class SlabAllocator:
     def _new_slab(self, slot_bytes: int) -> _Slab | None:
         regions, slots = self._shape(slot_bytes)
         first = self._free_run(regions)
-        if first is None:
-            return None
+        return None if first is None else self._cut(first, regions, slot_bytes, slots)
+
+    def _cut(self, first: int, regions: int, slot_bytes: int, slots: int) -> _Slab:
+        """A new slab in the free regions from ``first`` on."""
         slab = _Slab(first * self.region_bytes, regions, slot_bytes, slots)
         self._regions[first : first + regions] = [slab] * regions
         self._free_regions -= regions
@@ -226,6 +261,17 @@ class SlabAllocator:
         slab.listed = True
         heapq.heappush(size_class.roomy, slab.offset)
         return slab
+
+    def _slab_for(self, offset: int, slot_bytes: int) -> _Slab:
+        """A new slab at the place that the slot at ``offset`` must have come from. Raises ``ValueError``."""
+        regions, slots = self._shape(slot_bytes)
+        first = offset // self.region_bytes // regions * regions
+        index, rest = divmod(offset - first * self.region_bytes, slot_bytes)
+        if rest or index >= slots or first + regions > len(self._regions):
+            raise ValueError(f"no slot of {slot_bytes} bytes can begin at offset {offset}")
+        if any(self._regions[first : first + regions]):
+            raise ValueError(f"slots of another size lie around offset {offset}")
+        return self._cut(first, regions, slot_bytes, slots)
 
     def _free_run(self, regions: int) -> int | None:
         """The first place for a slab of so many regions that is free, or None.

@@ -9,7 +9,13 @@ the client sees the end of file at once.
 process that the kernel reports for this socket. ``ATTACH`` joins a further process (a tensor-parallel worker, say) to a
 session that exists: its write leases end only when the lifelines of *all* its processes are closed.
 
-The daemon sends two descriptors per segment: the data (read-write), then the generation table (read-only).
+The daemon sends two descriptors per segment: the data (read-write), then the generation table (read-only). When the
+pool can outlive the daemon, one more comes last, the holder: an open file description with a read lock on the byte
+``lock_offset(daemon id)`` of a file beside the pool. The client never maps or reads it. It keeps it open exactly as
+long as the lifeline: until nothing in this process refers to the pool's bytes on behalf of this connection. With the
+daemon the lifeline's proof is lost; the lock is not: the kernel keeps it until the last process that has the
+description has closed it or ended, and the next daemon asks for it (F_OFD_GETLK) before it gives away what was being
+written.
 
 **Generation table.** A header of 64 bytes, then one unsigned 64-bit little-endian word per granule of the segment. The
 word of the granule in which a slot begins holds the slot's generation while the slot's bytes may be used, and 0
@@ -24,14 +30,16 @@ from enum import IntEnum
 from typing import NamedTuple
 
 MAGIC = b"KVDL"
-VERSION = 1
+VERSION = 2
 #: Largest message in either direction.
 MAX_MESSAGE_BYTES = 4096
-#: Most segments in one WELCOME: two descriptors each, and the kernel passes at most 253 at a time.
+#: Most segments in one WELCOME: two descriptors each and the holder, and the kernel passes at most 253 at a time.
 MAX_SEGMENTS = 64
+MAX_DESCRIPTORS = 2 * MAX_SEGMENTS + 1
 
 HELLO = struct.Struct("<4sHH16s")  # magic, version, Kind, session token (ATTACH) or zeros (OPEN)
-WELCOME = struct.Struct("<4sHHQ16sI4x")  # magic, version, Status, daemon id, ticket, number of segments
+# Magic, version, Status, daemon id, ticket, number of segments, number of holders (0 or 1).
+WELCOME = struct.Struct("<4sHHQ16sII")
 SEGMENT = struct.Struct("<IIQQQ")  # index, granule bytes, data bytes, table bytes, page size of the backing
 
 TABLE_MAGIC = b"KVDGENS1"
@@ -54,7 +62,7 @@ class Status(IntEnum):
     """Answer to HELLO; anything but OK comes without descriptors and ends the connection."""
 
     OK = 0
-    BAD_VERSION = 1
+    BAD_VERSION = 2
     REFUSED_USER = 2
     UNKNOWN_SESSION = 3
     TOO_MANY = 4
@@ -68,6 +76,11 @@ class SegmentInfo(NamedTuple):
     data_bytes: int
     table_bytes: int
     page_bytes: int
+
+
+def lock_offset(daemon_id: int) -> int:
+    """The byte of the holders' file that stands for one life of the daemon."""
+    return daemon_id >> 2  # offsets have a sign
 
 
 def socket_path(grpc_socket: str) -> str:

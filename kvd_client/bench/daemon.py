@@ -15,23 +15,48 @@ from typing import Self
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
+SHARED_MEMORY = "/dev/shm"
 
 
 class BenchDaemon:
-    """``kvd serve`` with a pool of ``pool_bytes`` (whole MiB). ``start_s``: from its start to SERVING, seconds."""
+    """``kvd serve`` with a pool of ``pool_bytes`` (whole MiB). ``start_s``: from its last start to SERVING, seconds.
 
-    def __init__(self, pool_bytes: int, *, populate: str = "start") -> None:
+    ``warm``: its pool is files on tmpfs, which a restart finds again; otherwise it is anonymous memory. ``spill_dir``
+    and ``spill_bytes`` (whole MiB): the disk tier; that directory is the caller's. Raises RuntimeError when the daemon
+    does not start.
+    """
+
+    def __init__(
+        self,
+        pool_bytes: int,
+        *,
+        populate: str = "start",
+        warm: bool = False,
+        spill_dir: str | None = None,
+        spill_bytes: int = 0,
+    ) -> None:
         self._directory = tempfile.mkdtemp(prefix="kvd-bench-")
+        self._pool_dir = tempfile.mkdtemp(prefix="kvd-bench-", dir=SHARED_MEMORY) if warm else None
         socket = os.path.join(self._directory, "kvd.sock")
+        self.unix_endpoint = f"unix:{socket}"
+        self._flags = [
+            *("--socket", socket, "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"),
+            *("--pool", f"{pool_bytes >> 20}MiB", "--pool-dir", self._pool_dir or "none", "--populate", populate),
+            *("--log-level", "error"),
+        ]
+        if spill_dir is not None:
+            self._flags += ["--spill-dir", spill_dir, "--spill", f"{spill_bytes >> 20}MiB"]
+        try:
+            self._start()
+        except BaseException:
+            self._remove()
+            raise
+
+    def _start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("KVD_")}
         began = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvd", "serve", "--socket", socket, "--listen", "127.0.0.1:0"]
-            + ["--http", "127.0.0.1:0", "--pool", f"{pool_bytes >> 20}MiB", "--populate", populate]
-            + ["--log-level", "error"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
+            [sys.executable, "-m", "kvd", "serve", *self._flags], stdout=subprocess.PIPE, text=True, env=environment
         )
         assert self._process.stdout is not None
         answered = select.select([self._process.stdout], [], [], START_TIMEOUT_S)[0]
@@ -39,9 +64,14 @@ class BenchDaemon:
         self.start_s = time.perf_counter() - began
         tcp = re.search(r"tcp://\S+", line)
         if tcp is None:
-            self.close()
+            self._end()
             raise RuntimeError("the daemon did not start: see what it has said above")
-        self.unix_endpoint, self.tcp_endpoint = f"unix:{socket}", tcp.group()
+        self.tcp_endpoint = tcp.group()
+
+    def restart(self, *, crash: bool) -> None:
+        """Ends it, by SIGKILL or properly, and starts it again with the same directories and the same socket."""
+        self._end(crash=crash)
+        self._start()
 
     def rss_bytes(self) -> int:
         """Resident memory of the daemon beside its pool: private pages, and files."""
@@ -57,7 +87,14 @@ class BenchDaemon:
 
     def close(self) -> None:
         """Ends it and removes its files."""
-        self._process.terminate()
+        self._end()
+        self._remove()
+
+    def _end(self, *, crash: bool = False) -> None:
+        if crash:
+            self._process.kill()
+        else:
+            self._process.terminate()
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -65,7 +102,11 @@ class BenchDaemon:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _remove(self) -> None:
+        for directory in (self._directory, self._pool_dir):
+            if directory is not None:
+                shutil.rmtree(directory, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self

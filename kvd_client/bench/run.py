@@ -9,6 +9,7 @@ from collections.abc import Callable
 from kvd.wire.version import VERSION
 from kvd_client.bench.figures import Figure, table
 from kvd_client.bench.parts import Size, bench_local, bench_lookup, bench_start, bench_tcp
+from kvd_client.bench.tiers import bench_restart, bench_spill
 
 MIB = 1 << 20
 
@@ -33,14 +34,18 @@ _PARTS: dict[str, Callable[[int], list[Figure]]] = {
 }
 
 
-def run(part: str, rounds: int, *, as_json: bool) -> int:
-    """Measures ``part`` ("all": every one) and prints figure, limit and ratio; 1 when a part could not be measured."""
+def run(part: str, rounds: int, *, directory: str, as_json: bool) -> int:
+    """Measures ``part`` ("all": every one) and prints figure, limit and ratio; 1 when a part could not be measured.
+
+    ``directory``: on the disk that is measured; nothing is left there.
+    """
+    parts = {**_PARTS, "spill": lambda rounds: bench_spill(rounds, directory), "restart": bench_restart}
     figures: list[Figure] = []
     failed = False
-    for name in _PARTS if part == "all" else [part]:
+    for name in parts if part == "all" else [part]:
         print(f"measuring: {name}", file=sys.stderr)
         try:
-            figures += _PARTS[name](rounds)
+            figures += parts[name](rounds)
         except (OSError, RuntimeError) as error:
             print(f"kvd bench: {name}: {error}", file=sys.stderr)
             failed = True

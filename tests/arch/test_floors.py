@@ -17,9 +17,9 @@ from tests.daemon import clean_environment
 
 #: The rooms of ``kvd``, lowest floor first. A new room is entered here, on the lowest floor where it can stand.
 FLOORS = (
-    {"kvd.wire", "kvd.types", "kvd.config", "kvd.metrics", "kvd.lock"},
-    {"kvd.ledger", "kvd.memory"},
-    {"kvd.store"},
+    {"kvd.wire", "kvd.types", "kvd.config", "kvd.values", "kvd.metrics", "kvd.lock", "kvd.failpoints", "kvd.names"},
+    {"kvd.ledger", "kvd.memory", "kvd.spill"},
+    {"kvd.recovery", "kvd.store"},
     {
         "kvd.authority",
         "kvd.control",
@@ -29,11 +29,13 @@ FLOORS = (
         "kvd.peers",
         "kvd.report",
         "kvd.service",
+        "kvd.recorder",
         "kvd.session",
+        "kvd.tiering",
         "kvd.transport",
         "kvd.upkeep",
     },
-    {"kvd.__main__", "kvd.cli", "kvd.preflight", "kvd.server", "kvd.status"},
+    {"kvd.__main__", "kvd.cli", "kvd.preflight", "kvd.replay", "kvd.server", "kvd.status", "kvd.storage"},
 )
 
 #: Rooms that see less than their floor would let them: of ``kvd`` they import these and themselves.
@@ -41,23 +43,28 @@ SECLUDED = {
     "kvd.wire": set(),
     "kvd.lock": set(),
     "kvd.types": {"kvd.wire"},
-    "kvd.config": {"kvd.wire"},
-    "kvd.metrics": {"kvd.wire"},
+    "kvd.config": {"kvd.types", "kvd.values", "kvd.wire"},
+    "kvd.values": {"kvd.types", "kvd.wire"},
+    "kvd.metrics": {"kvd.types", "kvd.wire"},
     # Books and bytes never meet.
     "kvd.ledger": {"kvd.types", "kvd.wire"},
-    "kvd.memory": {"kvd.types", "kvd.wire"},
+    "kvd.memory": {"kvd.types", "kvd.wire", "kvd.failpoints", "kvd.names"},
+    "kvd.spill": {"kvd.types", "kvd.wire", "kvd.failpoints", "kvd.names", "kvd.lock"},
+    "kvd.failpoints": set(),
+    "kvd.names": {"kvd.types", "kvd.wire"},
     # Bytes move without the books: what the data plane must ask it asks through its Authority.
     "kvd.transport": {"kvd.types", "kvd.wire"},
 }
 
 #: Nothing in the books waits, locks, or touches the world.
-PURE = {"__future__", "collections", "dataclasses", "enum", "heapq", "itertools", "time", "typing"}
+PURE = {"__future__", "array", "collections", "dataclasses", "enum", "heapq", "itertools", "time", "typing"}
 
 #: Who may load what takes seconds to load, or is not installed everywhere.
 TENSORS = {"kvd_client.copier_torch", "kvd_client.copier_cupy", "kvd_client.cuda", "kvd_client.dma"}
 HEAVY = {
     "torch": TENSORS,
-    "numpy": TENSORS | {"kvd_client.memory"},  # comes with torch
+    "numpy": TENSORS | {"kvd_client.memory", "kvd.spill.codec"},  # comes with torch, or with kvd[compress]
+    "zstandard": {"kvd.spill.codec", "kvd.replay.trace"},
     "cupy": {"kvd_client.cuda"},
     "vllm": {"kvd_client.adapters.vllm"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -46,7 +47,8 @@ def refused(*flags: str, **environment: str) -> str:
 
 def free_places(directory: Path) -> list[str]:
     """Flags that keep a daemon out of everybody's way."""
-    return ["--socket", f"{directory}/x.sock", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--pool", "4MiB"]
+    ports = ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    return ["--socket", f"{directory}/x.sock", *ports, "--pool-dir", "none", "--pool", "4MiB"]
 
 
 # ---------------------------------------------------------------- what it answers
@@ -117,7 +119,8 @@ def test_metrics_tell_what_has_happened(daemon: Daemon) -> None:
     assert risen('kvd_requests_total{code="OK",method="Lookup"}') == 1
     assert risen('kvd_request_seconds_count{method="Lookup"}') == 1
     labels = {label.split("=")[0] for name in after for label in name.partition("{")[2].rstrip("}").split(",") if label}
-    assert labels <= {"code", "method", "le", "path", "direction", "state", "tenant", "tier", "outcome", "version"}
+    bounded = {"code", "method", "le", "path", "direction", "state", "tier", "outcome", "reason", "version"}
+    assert labels <= bounded | {"tenant", "drive", "share", "bound"}
 
 
 def test_status_tells_people_and_programs(daemon: Daemon) -> None:
@@ -146,7 +149,7 @@ def test_status_finds_the_daemon_by_itself(daemon: Daemon) -> None:
 
 
 def test_without_a_daemon_the_commands_say_so(tmp_path: Path) -> None:
-    for command in (["status"], ["status", "--json"], ["drop"], ["audit"]):
+    for command in (["status"], ["status", "--json"], ["drop"], ["audit"], ["pins"]):
         result = run_kvd(*command, "--endpoint", f"unix:{tmp_path}/none.sock")
         assert result.returncode == 1
         assert result.stdout == ""
@@ -162,10 +165,34 @@ def test_an_operator_drops_what_nobody_uses(daemon: Daemon) -> None:
         session.reserve(namespace, KEYS)
         session.commit(namespace, KEYS)
         result = run_kvd("drop", "--namespace", namespace.hex(), "--endpoint", daemon.unix_endpoint)
-        assert result.stdout == "dropped 3 chunks; kept 0 that are in use\n"
+        assert result.stdout == "dropped 3 chunks; kept 0 that are in use or pinned\n"
         assert not session.lookup(namespace, KEYS).chunks
     assert run_kvd("audit", "--endpoint", daemon.unix_endpoint).stdout == "the books agree\n"
     assert run_kvd("drop", "--namespace", "beef", "--endpoint", daemon.unix_endpoint).returncode == 2
+
+
+def test_an_operator_pins_lists_and_unpins(daemon: Daemon) -> None:
+    where = ("--endpoint", daemon.unix_endpoint)
+    with RawSession(daemon.unix_endpoint, daemon.socket) as session:
+        namespace = session.open_namespace("pinned")
+        session.reserve(namespace, KEYS)
+        session.commit(namespace, KEYS)
+        second = KEYS[1].hex()
+        assert run_kvd("pin", namespace.hex(), second, *where).stdout == "pinned; it covers 2 chunks now\n"
+        assert run_kvd("pin", namespace.hex(), second, *where).stdout == "pinned; it covers 2 chunks now\n"
+        (listed,) = json.loads(run_kvd("pins", "--json", *where).stdout)["pins"]
+        assert listed == {"namespace_id": namespace.hex(), "key": second, "chunks": 2, "bytes": 2 * 4096}
+        assert f"{namespace.hex()}  {second}  2" in run_kvd("pins", *where).stdout
+        assert daemon.metrics()['kvd_pinned_chunks{tenant="default"}'] == 2
+        (figures,) = [one for one in daemon.status()["namespaces"] if one["namespace_id"] == namespace.hex()]
+        assert figures["pinned_chunks"] == 2
+        assert run_kvd("unpin", namespace.hex(), second, *where).stdout == "unpinned; it covered 2 chunks\n"
+        assert run_kvd("pins", *where).stdout == "nothing is pinned\n"
+        assert run_kvd("pin", namespace.hex(), *where).stdout == "pinned; it covers 3 chunks now\n"
+        assert run_kvd("unpin", namespace.hex(), *where).returncode == 0
+    assert run_kvd("pin", "beef", *where).returncode == 2
+    assert run_kvd("pin", bytes(32).hex(), "beef", *where).returncode == 2
+    assert run_kvd("audit", *where).stdout == "the books agree\n"
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
@@ -256,10 +283,9 @@ def test_a_second_daemon_on_the_same_pool_directory_is_refused(tmp_path: Path) -
             assert f"file in {directory}" in first.line
             text = refused(*free_places(tmp_path), "--pool-dir", str(directory))
             assert f"pool_dir = '{directory}' (flag --pool-dir): a daemon serves there already" in text
-        assert [entry.name for entry in directory.iterdir()] == [".kvd.lock"]
+        assert stat.S_IMODE((directory / "kvd-pool").stat().st_mode) == 0o600
     finally:
-        (directory / ".kvd.lock").unlink()
-        directory.rmdir()
+        shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize("key", ["listen", "data", "http"])

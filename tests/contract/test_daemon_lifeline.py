@@ -163,7 +163,10 @@ def test_a_process_cannot_attach_to_a_session_that_does_not_exist(line: RawLifel
     assert line.at_end()
 
 
-@pytest.mark.parametrize("message", [b"x", b"x" * 24, lifeline.HELLO.pack(b"KVDL", 1, 77, bytes(16)), b"x" * 5000])
+NO_KIND = lifeline.HELLO.pack(lifeline.MAGIC, lifeline.VERSION, 77, bytes(16))
+
+
+@pytest.mark.parametrize("message", [b"x", b"x" * 24, NO_KIND, b"x" * 5000])
 def test_what_is_no_hello_ends_the_connection(daemon: Daemon, line: RawLifeline, message: bytes) -> None:
     line.socket.send(message)
     assert line.at_end()
@@ -174,7 +177,7 @@ def test_noise_on_a_lifeline_proves_nothing(daemon: Daemon) -> None:
     with RawSession(daemon.unix_endpoint, daemon.socket) as session:
         assert session.lifeline is not None
         session.lifeline.socket.send(b"noise")
-        session.lifeline.socket.send(lifeline.HELLO.pack(b"KVDL", 1, Kind.OPEN, bytes(16)))
+        session.lifeline.socket.send(lifeline.HELLO.pack(b"KVDL", lifeline.VERSION, Kind.OPEN, bytes(16)))
         assert session.call("Stats", pb.StatsRequest()).sessions[0].members == 1
         session.lifeline.socket.settimeout(0.05)
         with pytest.raises(TimeoutError):

@@ -16,6 +16,7 @@ import faulthandler
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -77,8 +78,8 @@ class Engine:
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="kvd-engine-", dir="/tmp"))
         self._log = self.directory / "log"
-        # A busy machine may keep a daemon waiting for longer than a lookup's deadline: only tests of deadlines want it.
-        patient = {"lookup_timeout_s": 5.0}
+        # A busy machine may keep a daemon waiting for longer than these deadlines: only tests of deadlines want them.
+        patient = {"lookup_timeout_s": 5.0, "promote_timeout_s": 30.0}
         extra = {**patient, **({"endpoint": endpoint} if endpoint else {}), **(connector or {})}
         ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
         arguments: dict[str, Any] = {
@@ -222,13 +223,13 @@ class Engine:
         _alive.discard(self)
 
     def _shared_memory(self) -> set[Path]:
-        """Files in /dev/shm that processes of this engine have mapped."""
+        """Files in /dev/shm that processes of this engine have mapped, the pools of daemons aside."""
         found = set()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has just ended
                 if os.getpgid(int(process.name)) == self._process.pid:
                     maps = (process / "maps").read_text().splitlines()
-                    found |= {Path(line.split()[5]) for line in maps if " /dev/shm/" in line}
+                    found |= {Path(line.split()[5]) for line in maps if re.search(" /dev/shm/(?!kvd-)", line)}
         return found
 
     def __enter__(self) -> Engine:

@@ -219,5 +219,7 @@ def test_strided_stripes_move_as_rows_and_registered_memory_is_never_crossed() -
         bits = cache.view(torch.uint8)
         assert torch.equal(bits[[6, 7]], bits[[2, 3]])
     copier.unregister(pool)
+    assert device.registered != {}, "the other user's still"
+    copier.unregister(pool)
     assert device.registered == {}
     copier.close()

@@ -11,9 +11,10 @@ from pathlib import Path
 from tests.daemon import clean_environment
 
 CARELESS = """
-import subprocess, sys, tempfile
+import os, subprocess, sys, tempfile
 
 def test_that_tidies_nothing(tmp_path):
+    os.mkdir(f"/dev/shm/kvd-careless-{os.getpid()}")
     # The middle process ends at once, so that its child has no parent any more.
     sleeper = f"import subprocess, sys; subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep(600)'])"
     subprocess.run([sys.executable, "-c", sleeper], check=True)
@@ -52,8 +53,10 @@ def test_a_run_that_leaves_something_behind_fails_and_says_what(tmp_path: Path) 
     code, output = run(CARELESS, tmp_path)
     directory = re.search(r"directory (\S*kvd-careless-\S+) is left", output)
     process = re.search(r"process (\d+) is left: .*time.sleep", output)
-    assert directory and process, output
+    pool = re.search(r"pool (/dev/shm/kvd-careless-\S+) is left", output)
+    assert directory and process and pool, output
     shutil.rmtree(directory[1])
+    shutil.rmtree(pool[1])
     assert "1 passed" in output
     assert code == 1
     assert not _lives(int(process[1]))

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from google.protobuf import descriptor_pb2
 
-from kvd import config
+from kvd import config, metrics, preflight
 from kvd.wire.pb import kvd_pb2, kvd_pb2_grpc
 from kvd.wire.version import VERSION
 
@@ -25,15 +25,26 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMPOSE = yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
 POD = yaml.safe_load((ROOT / "deploy/kubernetes/sidecar.yaml").read_text())["spec"]["template"]["spec"]
 UNIT = (ROOT / "deploy/systemd/kvd.service").read_text()
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
 SOCKET_DIRECTORY = "/run/kvd"
+SPILL_DIRECTORY = "/var/lib/kvd"
+#: Where the pool of a daemon that is told nothing lies, and so what has to outlive its container.
+POOL_MOUNT = preflight.SHARED_MEMORY
 #: What a daemon needs beside its pool, at most.
 BESIDE_THE_POOL_BYTES = 512 << 20
 
 
 def settings_of(flags: list[str], environment: dict[str, str]) -> config.Settings:
-    """What ``kvd serve FLAGS`` would run on; raises BadSetting for what the daemon would refuse."""
+    """What ``kvd serve FLAGS`` would run on; raises BadSetting for what the daemon would refuse.
+
+    A directory of the image for the disk tier stands for one that is here.
+    """
     names = [flag.removeprefix("--").replace("-", "_") for flag in flags[::2]]
-    return config.load(dict(zip(names, flags[1::2], strict=True)), environment, None).settings
+    values = dict(zip(names, flags[1::2], strict=True))
+    if "spill_dir" in values:
+        assert values["spill_dir"] == SPILL_DIRECTORY
+        values["spill_dir"] = "/tmp"
+    return config.load(values, environment, None).settings
 
 
 def environment_of_the_image() -> dict[str, str]:
@@ -52,6 +63,11 @@ def memory_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+)(m|g|Mi|Gi)", text)
     assert found, text
     return int(found[1]) << (20 if found[2].lower().startswith("m") else 30)
+
+
+def mounted(volume: str) -> str:
+    """Where a volume of compose is in the container."""
+    return volume.removesuffix(":ro").rpartition(":")[2]
 
 
 def default_of(text: str) -> str:
@@ -148,10 +164,21 @@ def test_settings_of_the_image_are_settings_of_the_daemon() -> None:
 
 def test_compose_shares_only_the_directory_of_the_socket() -> None:
     services = COMPOSE["services"]
-    assert services["kvd"]["volumes"] == [f"socket:{SOCKET_DIRECTORY}"]
+    assert f"socket:{SOCKET_DIRECTORY}" in services["kvd"]["volumes"]
+    own = {mounted(volume) for volume in services["kvd"]["volumes"]} - {SOCKET_DIRECTORY}
     for name, service in services.items():
         assert name == "kvd" or f"socket:{SOCKET_DIRECTORY}:ro" in service["volumes"], name
+        assert name == "kvd" or not own & {mounted(volume) for volume in service["volumes"]}, name
         assert not {"ipc", "pid", "network_mode", "privileged", "shm_size"} & service.keys(), name
+
+
+def test_compose_keeps_pool_and_disk_tier_when_the_container_goes() -> None:
+    volumes = {mounted(volume): volume for volume in COMPOSE["services"]["kvd"]["volumes"]}
+    assert volumes[POOL_MOUNT] == f"/dev/shm:{POOL_MOUNT}", (
+        "a volume of Docker's in memory ends with its last container"
+    )
+    assert volumes[SPILL_DIRECTORY] == f"${{KVD_SPILL_VOLUME:-spill}}:{SPILL_DIRECTORY}"
+    assert "spill" in COMPOSE["volumes"]
 
 
 def test_compose_gives_the_pool_its_memory() -> None:
@@ -165,9 +192,9 @@ def test_compose_gives_the_pool_its_memory() -> None:
 def test_sidecar_shares_only_the_directory_of_the_socket() -> None:
     (daemon,), (engine,) = POD["initContainers"], POD["containers"]
     assert daemon["restartPolicy"] == "Always"
-    assert [mount["mountPath"] for mount in daemon["volumeMounts"]] == [SOCKET_DIRECTORY]
+    assert {mount["mountPath"] for mount in daemon["volumeMounts"]} == {SOCKET_DIRECTORY, POOL_MOUNT, SPILL_DIRECTORY}
     shared = {mount["name"] for mount in daemon["volumeMounts"]} & {mount["name"] for mount in engine["volumeMounts"]}
-    assert len(shared) == 1
+    assert shared == {mount["name"] for mount in daemon["volumeMounts"] if mount["mountPath"] == SOCKET_DIRECTORY}
     assert all("emptyDir" in volume for volume in POD["volumes"])
     assert not {"hostIPC", "hostPID", "hostNetwork", "shareProcessNamespace"} & POD.keys()
 
@@ -180,6 +207,18 @@ def test_sidecar_gives_the_pool_its_memory() -> None:
     limit = memory_bytes(daemon["resources"]["limits"]["memory"])
     assert limit >= pool_bytes + BESIDE_THE_POOL_BYTES
     assert memory_bytes(daemon["resources"]["requests"]["memory"]) == limit
+
+
+def test_sidecar_keeps_pool_and_disk_tier_when_its_container_goes() -> None:
+    (daemon,) = POD["initContainers"]
+    settings = settings_of(daemon["args"][1:], {})
+    volumes = {volume["name"]: volume["emptyDir"] for volume in POD["volumes"]}
+    mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in daemon["volumeMounts"]}
+    pool, spill = mounts[POOL_MOUNT], mounts[SPILL_DIRECTORY]
+    assert pool["medium"] == "Memory"
+    assert memory_bytes(pool["sizeLimit"]) >= settings.pool_bytes * 65 // 64
+    assert "medium" not in spill
+    assert memory_bytes(spill["sizeLimit"]) > settings.spill_bytes, "what goes beyond the limit ends the pod"
 
 
 def test_sidecar_has_no_rights_it_does_not_need() -> None:
@@ -220,3 +259,26 @@ def test_unit_starts_the_daemon_with_settings_it_knows() -> None:
     settings_of([], without_host(environment))
     assert re.search(r"^ExecStart=/opt/kvd/bin/kvd serve$", UNIT, re.MULTILINE)
     assert re.search(r"^RuntimeDirectory=kvd$", UNIT, re.MULTILINE)
+    assert re.search(r"^StateDirectory=kvd$", UNIT, re.MULTILINE)
+    assert SPILL_DIRECTORY == "/var/lib/kvd", "what StateDirectory makes"
+
+
+def test_image_has_a_directory_for_each_volume_of_its_user() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    for directory in (SOCKET_DIRECTORY, SPILL_DIRECTORY):
+        assert re.search(rf"install -d -o kvd -g kvd -m 07\d\d {directory}\b", text), directory
+
+
+# ---------------------------------------------------------------- the documents
+
+
+def test_the_operations_guide_knows_every_setting() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \|$", OPERATIONS, re.MULTILINE)
+    assert [key for key in rows if key in config.KEYS] == list(config.KEYS)
+
+
+def test_the_operations_guide_knows_every_metric() -> None:
+    named = {name.removesuffix("_total") for name in re.findall(r"`(kvd_[a-z_]+)", OPERATIONS)}
+    made = set(re.findall(r'"(kvd_[a-z_]+)"', inspect.getsource(metrics))) - {"kvd_build"} | {"kvd_build_info"}
+    assert made - named == set(), "not explained"
+    assert named - made == set(), "no such metric"

@@ -65,6 +65,7 @@ def serving(installed: Path, directory: Path) -> Iterator[subprocess.Popen[bytes
     with output.open("wb") as stdout:
         process = subprocess.Popen(
             [str(installed / "bin/kvd"), "serve", "--socket", str(directory / "kvd.sock"), "--pool", "64MiB"]
+            + ["--pool-dir", "none"]
             + ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"],
             cwd=installed,
             env=environment(installed),

@@ -6,12 +6,13 @@ import ctypes
 import mmap
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from kvd.memory import backing
+from kvd.memory import backing, syscalls
 from kvd.memory import segment as module
+from kvd.memory.backing import anonymous_backing
+from kvd.memory.generations import GenerationTable
 from kvd.memory.segment import Segment
 from kvd.types import Location
 from kvd.wire import lifeline
@@ -19,9 +20,14 @@ from kvd.wire import lifeline
 MIB = 1 << 20
 
 
+def make(size: int, *, daemon_id: int = 1, huge_pages: bool = False) -> Segment:
+    memory = anonymous_backing(size, huge_pages=huge_pages)
+    return Segment(memory, GenerationTable.anonymous(memory.size, daemon_id))
+
+
 @pytest.fixture
 def segment() -> Iterator[Segment]:
-    segment = Segment(4 * MIB, daemon_id=77)
+    segment = make(4 * MIB, daemon_id=77)
     yield segment
     segment.close()
 
@@ -90,7 +96,7 @@ def test_memory_is_taken_when_it_is_populated_and_its_bytes_are_kept(segment: Se
 
 
 def test_populating_ends_when_it_is_told_to() -> None:
-    segment = Segment(4 * MIB, daemon_id=1)
+    segment = make(4 * MIB)
     segment.stop_populating()
     segment.populate()
     assert segment.populated_bytes == 0
@@ -99,23 +105,37 @@ def test_populating_ends_when_it_is_told_to() -> None:
 
 def test_closing_gives_everything_back() -> None:
     before = os.listdir("/proc/self/fd")
-    segment = Segment(2 * MIB, daemon_id=1)
+    segment = make(2 * MIB)
     segment.populate_in_background()
     segment.close()
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_a_segment_in_a_directory_leaves_no_name_there(tmp_path: Path) -> None:
-    segment = Segment(2 * MIB, daemon_id=1, directory=str(tmp_path))
-    try:
-        assert os.listdir(tmp_path) == []
-        assert segment.describe().startswith(f"file in {tmp_path}")
-    finally:
-        segment.close()
+def test_only_what_is_missing_is_populated(monkeypatch: pytest.MonkeyPatch) -> None:
+    segment = make(128 * MIB)
+    segment.locked = False  # otherwise every page is touched once more, to be locked
+    for at in range(40 * MIB, 104 * MIB, 4096):
+        segment.data[at] = 7
+    pieces: list[tuple[int, int]] = []
+    real = syscalls.madvise
+
+    def madvise(address: int, length: int, advice: int) -> None:
+        pieces.append(((address - segment.address) // MIB, length // MIB))
+        real(address, length, advice)
+
+    monkeypatch.setattr(syscalls, "madvise", madvise)
+    segment.populate()
+    assert pieces == [(0, 32), (32, 32), (104, 24)]
+    assert segment.populated_bytes == segment.size
+    pieces.clear()
+    done: list[int] = []
+    segment.populate(done.append)
+    assert pieces == [] and done == [segment.size]
+    segment.close()
 
 
 def test_a_size_that_is_no_whole_number_of_pages_is_cut() -> None:
-    segment = Segment(MIB + 5000, daemon_id=1)
+    segment = make(MIB + 5000)
     assert segment.size == len(segment.data) == MIB + 4096
     segment.close()
 
@@ -123,7 +143,7 @@ def test_a_size_that_is_no_whole_number_of_pages_is_cut() -> None:
 def test_huge_pages_that_are_not_to_be_had_are_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backing, "free_huge_pages", lambda: (0, 2 * MIB))
     monkeypatch.setattr(backing, "shmem_huge_policy", lambda: "never")
-    segment = Segment(2 * MIB, daemon_id=1, huge_pages=True)
+    segment = make(2 * MIB, huge_pages=True)
     assert segment.describe().startswith("memfd, 4 KiB pages")
     assert any("no huge pages: 0 free" in note for note in segment.notes())
     segment.close()
@@ -131,7 +151,7 @@ def test_huge_pages_that_are_not_to_be_had_are_said_so(monkeypatch: pytest.Monke
 
 def test_huge_pages_are_reported_by_what_was_really_given() -> None:
     """Whatever this machine has: the words and the page size agree with the kernel's account."""
-    segment = Segment(4 * MIB, daemon_id=1, huge_pages=True)
+    segment = make(4 * MIB, huge_pages=True)
     segment.populate()
     description = segment.describe()
     if segment.info.page_bytes > 4096:
@@ -147,7 +167,7 @@ def test_huge_pages_that_were_asked_for_and_not_given_are_counted_as_none(monkey
     monkeypatch.setattr(backing, "free_huge_pages", lambda: (0, 2 * MIB))
     monkeypatch.setattr(backing, "shmem_huge_policy", lambda: "advise")
     monkeypatch.setattr(module, "_huge_bytes_mapped", lambda address: 0)
-    segment = Segment(4 * MIB, daemon_id=1, huge_pages=True)
+    segment = make(4 * MIB, huge_pages=True)
     assert "huge pages asked for" in segment.describe()
     segment.populate()
     assert "0 % on huge pages" in segment.describe()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -133,6 +135,68 @@ def test_slots_never_overlap_and_everything_comes_back(granules: int, steps: lis
         slabs.free(offset)
     assert slabs.free_bytes == slabs.total_bytes
     assert slabs.audit() == []
+
+
+@given(
+    granules=st.integers(1, 200),
+    steps=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 1000)), max_size=120),
+    order=st.randoms(use_true_random=False),
+)
+def test_an_allocator_is_rebuilt_from_the_slots_that_it_has_given_out(
+    granules: int, steps: list[tuple[int, int]], order: random.Random
+) -> None:
+    slabs = SlabAllocator(granules * GRANULE)
+    taken: dict[int, int] = {}
+    for size, choice in steps:
+        if choice % 3 == 0 and taken:
+            slabs.free(offset := sorted(taken)[choice % len(taken)])
+            del taken[offset]
+        elif (got := slabs.allocate(size * GRANULE)) is not None:
+            taken[got] = size * GRANULE
+    claims = list(taken.items())
+    order.shuffle(claims)
+    rebuilt = SlabAllocator(granules * GRANULE)
+    for offset, size in claims:
+        rebuilt.claim(offset, size)
+        assert rebuilt.audit() == []
+        with pytest.raises(ValueError, match=str(offset)):
+            rebuilt.claim(offset, size)
+    assert (rebuilt.free_bytes, rebuilt.taken_bytes) == (slabs.free_bytes, slabs.taken_bytes)
+    assert [(rebuilt.slab_of(at), slabs.slab_of(at)) for at in taken] == [(slabs.slab_of(at),) * 2 for at in taken]
+    # It goes on as the other would: what is free is found, what is in use is not given again.
+    for size, _ in steps:
+        got, expected = rebuilt.allocate(size * GRANULE), slabs.allocate(size * GRANULE)
+        assert (got is None) == (expected is None)
+        assert got is None or all(got + size * GRANULE <= at or at + other <= got for at, other in taken.items())
+        if got is not None:
+            taken[got] = size * GRANULE
+    assert rebuilt.audit() == []
+    for offset in taken:
+        rebuilt.free(offset)
+    assert rebuilt.free_bytes == rebuilt.total_bytes
+
+
+@given(
+    granules=st.integers(1, 100),
+    claims=st.lists(st.tuples(st.integers(-2, 110), st.integers(-1, 40)), max_size=60),
+    odd=st.sampled_from([0, 0, 0, 1, 2048]),
+)
+def test_claims_that_cannot_be_change_nothing(granules: int, claims: list[tuple[int, int]], odd: int) -> None:
+    slabs = SlabAllocator(granules * GRANULE)
+    taken: dict[int, int] = {}
+    for at, size in claims:
+        offset, slot_bytes = at * GRANULE + odd, size * GRANULE
+        before = (slabs.free_bytes, slabs.taken_bytes)
+        try:
+            slabs.claim(offset, slot_bytes)
+        except ValueError:
+            assert (slabs.free_bytes, slabs.taken_bytes) == before
+        else:
+            assert offset >= 0 and slot_bytes > 0 and offset + slot_bytes <= slabs.total_bytes
+            assert all(offset + slot_bytes <= at or at + other <= offset for at, other in taken.items())
+            taken[offset] = slot_bytes
+        assert slabs.audit() == []
+    assert slabs.taken_bytes == sum(taken.values())
 
 
 @given(

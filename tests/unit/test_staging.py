@@ -76,6 +76,20 @@ def test_memory_is_registered_in_pieces_behind_the_callers_back() -> None:
     assert registrar.pieces == {}
 
 
+def test_memory_that_comes_again_before_it_has_gone_stays_registered() -> None:
+    registrar = FakeRegistrar()
+    pinning = Pinning(registrar, piece_bytes=100)
+    memory, at = area(250)
+    pinning.add(memory)
+    wait_until(lambda: len(registrar.pieces) == 3, what="all pieces")
+    pinning.add(memoryview(memory))  # the path to the restarted daemon; the old one goes afterwards
+    pinning.remove(at)
+    assert len(registrar.pieces) == 3 and registrar.calls == 3
+    assert pinning.edges(at, 250) == [at + 100, at + 200]
+    pinning.remove(at)
+    assert registrar.pieces == {} and pinning.edges(at, 250) == []
+
+
 def test_edges_are_those_between_pieces_registered_or_not() -> None:
     pinning = Pinning(FakeRegistrar(limit=1), piece_bytes=100)
     memory, at = area(250)

@@ -25,8 +25,9 @@ def test_no_option_is_needed() -> None:
 
 
 def test_good_options_are_taken() -> None:
-    options, problems = parse_options({"endpoint": "tcp://h:1", "load_async": False, "chunk_tokens": 512})
-    assert options == Options(endpoint="tcp://h:1", load_async=False, chunk_tokens=512)
+    given = {"endpoint": "tcp://h:1", "load_async": False, "chunk_tokens": 512, "promote_timeout_s": 0}
+    options, problems = parse_options(given)
+    assert options == Options(endpoint="tcp://h:1", load_async=False, chunk_tokens=512, promote_timeout_s=0)
     assert problems == []
 
 
@@ -37,6 +38,8 @@ def test_good_options_are_taken() -> None:
         ({"load_async": 1}, "load_async"),
         ({"load_timeout_s": -1}, "load_timeout_s"),
         ({"lookup_timeout_s": True}, "lookup_timeout_s"),
+        ({"lookup_timeout_s": 0}, "lookup_timeout_s"),
+        ({"promote_timeout_s": -0.5}, "promote_timeout_s"),
         ({"chunk_tokens": 0}, "chunk_tokens"),
         ({"endpoint": 5}, "endpoint"),
     ],

@@ -8,6 +8,8 @@ pytest.importorskip("vllm")
 
 from kvd_client.adapters.vllm.matching import Grid, Matching
 from kvd_client.adapters.vllm.meta import NO_EPOCH, NULL_BLOCK, LoadReport
+from kvd_client.adapters.vllm.stats import Tally
+from kvd_client.adapters.vllm.waiting import Waits
 from tests.unit.vllm_fakes import FakeController, FakeRequest, hashes_of
 
 GRID = Grid(block_tokens=16, chunk_blocks=4)  # chunks of 64 tokens
@@ -20,7 +22,7 @@ def controller() -> FakeController:
 
 @pytest.fixture
 def matching(controller: FakeController) -> Matching:
-    return Matching(controller, GRID, ranks=2, load_async=True)  # type: ignore[arg-type]
+    return Matching(controller, GRID, 2, Waits(1.0, Tally()), load_async=True)  # type: ignore[arg-type]
 
 
 def request(tokens: int, name: str = "a") -> FakeRequest:
@@ -74,7 +76,7 @@ def test_another_local_hit_or_another_session_means_another_lookup(
     matching.match(prompt, 16)
     controller.epoch = 2
     matching.match(prompt, 16)
-    assert len(controller.lookups) == 3
+    assert controller.again == [False, True, True]
     assert [lease.released for lease in controller.leases] == [True, True, False]
 
 

@@ -40,6 +40,7 @@ class FakeLease:
     locations: list[Location] = field(default_factory=list)
     results: list[ReserveResult] = field(default_factory=list)
     released: bool = False
+    promoting: int = 0
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -63,7 +64,9 @@ class FakeController:
         self.read_lease_s = 30.0
         self.stored: set[bytes] = set()
         self.verdicts: dict[bytes, ReserveStatus] = {}
+        self.on_disk: set[bytes] = set()  # follows what is stored: a lookup says that it is on its way
         self.lookups: list[tuple[list[bytes], int]] = []
+        self.again: list[bool] = []  # of each lookup
         self.leases: list[FakeLease] = []
         self.asked: list[tuple[int, list[tuple[bytes, bytes]]]] = []
         self.reserved: list[list[tuple[bytes, bytes]]] = []
@@ -72,14 +75,17 @@ class FakeController:
         self._answers: list[FakeAnswer] = []
         self._places = 0
 
-    def lookup(self, keys: list[bytes], skip: int) -> FakeLease | None:
+    def lookup(self, keys: list[bytes], skip: int, *, again: bool) -> FakeLease | None:
         self.lookups.append((keys, skip))
+        self.again.append(again)
         if not self.ready:
             return None
         held = 0
         while held < len(keys) and keys[held] in self.stored:
             held += 1
         lease = FakeLease(len(self.lookups), self.epoch, [self._place() for _ in range(max(0, held - skip))])
+        while held + lease.promoting < len(keys) and keys[held + lease.promoting] in self.on_disk:
+            lease.promoting += 1
         self.leases.append(lease)
         return lease
 

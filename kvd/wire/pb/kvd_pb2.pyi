@@ -167,16 +167,18 @@ class Location(_message.Message):
     def __init__(self, segment: _Optional[int] = ..., offset: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("namespace_id", "lease_id", "keys", "skip")
+    __slots__ = ("namespace_id", "lease_id", "keys", "skip", "again")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     SKIP_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     lease_id: int
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     skip: int
-    def __init__(self, namespace_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., skip: _Optional[int] = ...) -> None: ...
+    again: bool
+    def __init__(self, namespace_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., skip: _Optional[int] = ..., again: bool = ...) -> None: ...
 
 class LookupResponse(_message.Message):
     __slots__ = ("chunks", "promoting", "writing")
@@ -315,32 +317,56 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TenantStats(_message.Message):
-    __slots__ = ("tenant", "chunks", "bytes", "sessions")
+    __slots__ = ("tenant", "chunks", "bytes", "sessions", "disk_chunks", "disk_bytes", "pinned_chunks", "share")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    DISK_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     chunks: int
     bytes: int
     sessions: int
-    def __init__(self, tenant: _Optional[str] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., sessions: _Optional[int] = ...) -> None: ...
+    disk_chunks: int
+    disk_bytes: int
+    pinned_chunks: int
+    share: ShareStats
+    def __init__(self, tenant: _Optional[str] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., sessions: _Optional[int] = ..., disk_chunks: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pinned_chunks: _Optional[int] = ..., share: _Optional[_Union[ShareStats, _Mapping]] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("namespace_id", "tenant", "model", "chunk_bytes", "chunks", "bytes")
+    __slots__ = ("namespace_id", "tenant", "model", "chunk_bytes", "chunks", "bytes", "disk_chunks", "disk_bytes", "pinned_chunks", "share")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     tenant: str
     model: str
     chunk_bytes: int
     chunks: int
     bytes: int
-    def __init__(self, namespace_id: _Optional[bytes] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., chunk_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    disk_chunks: int
+    disk_bytes: int
+    pinned_chunks: int
+    share: ShareStats
+    def __init__(self, namespace_id: _Optional[bytes] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., chunk_bytes: _Optional[int] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ..., disk_chunks: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., pinned_chunks: _Optional[int] = ..., share: _Optional[_Union[ShareStats, _Mapping]] = ...) -> None: ...
+
+class ShareStats(_message.Message):
+    __slots__ = ("soft_bytes", "hard_bytes")
+    SOFT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HARD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    soft_bytes: int
+    hard_bytes: int
+    def __init__(self, soft_bytes: _Optional[int] = ..., hard_bytes: _Optional[int] = ...) -> None: ...
 
 class SessionStats(_message.Message):
     __slots__ = ("client", "peer", "tenant", "path", "age_s", "read_leases", "write_leases", "members")
@@ -363,7 +389,7 @@ class SessionStats(_message.Message):
     def __init__(self, client: _Optional[str] = ..., peer: _Optional[str] = ..., tenant: _Optional[str] = ..., path: _Optional[str] = ..., age_s: _Optional[float] = ..., read_leases: _Optional[int] = ..., write_leases: _Optional[int] = ..., members: _Optional[int] = ...) -> None: ...
 
 class PoolStats(_message.Message):
-    __slots__ = ("bytes", "free_bytes", "ready_bytes", "writing_bytes", "quarantined_bytes", "idle_slot_bytes", "backing", "populated_bytes")
+    __slots__ = ("bytes", "free_bytes", "ready_bytes", "writing_bytes", "quarantined_bytes", "idle_slot_bytes", "backing", "populated_bytes", "unverified_chunks", "recovery")
     BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     READY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -372,6 +398,8 @@ class PoolStats(_message.Message):
     IDLE_SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
     BACKING_FIELD_NUMBER: _ClassVar[int]
     POPULATED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNVERIFIED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_FIELD_NUMBER: _ClassVar[int]
     bytes: int
     free_bytes: int
     ready_bytes: int
@@ -380,10 +408,87 @@ class PoolStats(_message.Message):
     idle_slot_bytes: int
     backing: str
     populated_bytes: int
-    def __init__(self, bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., writing_bytes: _Optional[int] = ..., quarantined_bytes: _Optional[int] = ..., idle_slot_bytes: _Optional[int] = ..., backing: _Optional[str] = ..., populated_bytes: _Optional[int] = ...) -> None: ...
+    unverified_chunks: int
+    recovery: RecoveryStats
+    def __init__(self, bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., writing_bytes: _Optional[int] = ..., quarantined_bytes: _Optional[int] = ..., idle_slot_bytes: _Optional[int] = ..., backing: _Optional[str] = ..., populated_bytes: _Optional[int] = ..., unverified_chunks: _Optional[int] = ..., recovery: _Optional[_Union[RecoveryStats, _Mapping]] = ...) -> None: ...
+
+class RecoveryStats(_message.Message):
+    __slots__ = ("warm", "reason", "chunks", "skipped", "seconds")
+    class SkippedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    WARM_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    warm: bool
+    reason: str
+    chunks: int
+    skipped: _containers.ScalarMap[str, int]
+    seconds: float
+    def __init__(self, warm: bool = ..., reason: _Optional[str] = ..., chunks: _Optional[int] = ..., skipped: _Optional[_Mapping[str, int]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class DiskStats(_message.Message):
+    __slots__ = ("records", "live_bytes", "total_bytes", "queue_chunks", "queue_bytes", "promoting_chunks", "daily_bytes", "written_today_bytes", "drives")
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    LIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROMOTING_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    DAILY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_TODAY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DRIVES_FIELD_NUMBER: _ClassVar[int]
+    records: int
+    live_bytes: int
+    total_bytes: int
+    queue_chunks: int
+    queue_bytes: int
+    promoting_chunks: int
+    daily_bytes: int
+    written_today_bytes: int
+    drives: _containers.RepeatedCompositeFieldContainer[DriveStats]
+    def __init__(self, records: _Optional[int] = ..., live_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., queue_chunks: _Optional[int] = ..., queue_bytes: _Optional[int] = ..., promoting_chunks: _Optional[int] = ..., daily_bytes: _Optional[int] = ..., written_today_bytes: _Optional[int] = ..., drives: _Optional[_Iterable[_Union[DriveStats, _Mapping]]] = ...) -> None: ...
+
+class DriveStats(_message.Message):
+    __slots__ = ("directory", "state", "reason", "capacity_bytes", "live_bytes", "dead_bytes", "free_bytes", "records", "extents", "read_bytes", "written_bytes", "queue", "scanned_extents", "found_extents")
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    EXTENTS_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    SCANNED_EXTENTS_FIELD_NUMBER: _ClassVar[int]
+    FOUND_EXTENTS_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    state: str
+    reason: str
+    capacity_bytes: int
+    live_bytes: int
+    dead_bytes: int
+    free_bytes: int
+    records: int
+    extents: int
+    read_bytes: int
+    written_bytes: int
+    queue: int
+    scanned_extents: int
+    found_extents: int
+    def __init__(self, directory: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., dead_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., records: _Optional[int] = ..., extents: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., queue: _Optional[int] = ..., scanned_extents: _Optional[int] = ..., found_extents: _Optional[int] = ...) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("version", "daemon_id", "uptime_s", "state", "pool", "tenants", "namespaces", "sessions", "counters", "endpoints")
+    __slots__ = ("version", "daemon_id", "uptime_s", "state", "pool", "tenants", "namespaces", "sessions", "counters", "endpoints", "disk")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -401,6 +506,7 @@ class StatsResponse(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
     version: str
     daemon_id: int
     uptime_s: float
@@ -411,7 +517,8 @@ class StatsResponse(_message.Message):
     sessions: _containers.RepeatedCompositeFieldContainer[SessionStats]
     counters: _containers.ScalarMap[str, int]
     endpoints: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., daemon_id: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., pool: _Optional[_Union[PoolStats, _Mapping]] = ..., tenants: _Optional[_Iterable[_Union[TenantStats, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., endpoints: _Optional[_Iterable[str]] = ...) -> None: ...
+    disk: DiskStats
+    def __init__(self, version: _Optional[str] = ..., daemon_id: _Optional[int] = ..., uptime_s: _Optional[float] = ..., state: _Optional[str] = ..., pool: _Optional[_Union[PoolStats, _Mapping]] = ..., tenants: _Optional[_Iterable[_Union[TenantStats, _Mapping]]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., endpoints: _Optional[_Iterable[str]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ...) -> None: ...
 
 class DropRequest(_message.Message):
     __slots__ = ("namespace_id",)
@@ -420,12 +527,64 @@ class DropRequest(_message.Message):
     def __init__(self, namespace_id: _Optional[bytes] = ...) -> None: ...
 
 class DropResponse(_message.Message):
-    __slots__ = ("chunks", "kept")
+    __slots__ = ("chunks", "kept", "records")
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
     chunks: int
     kept: int
-    def __init__(self, chunks: _Optional[int] = ..., kept: _Optional[int] = ...) -> None: ...
+    records: int
+    def __init__(self, chunks: _Optional[int] = ..., kept: _Optional[int] = ..., records: _Optional[int] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("namespace_id", "key")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    key: bytes
+    def __init__(self, namespace_id: _Optional[bytes] = ..., key: _Optional[bytes] = ...) -> None: ...
+
+class PinResponse(_message.Message):
+    __slots__ = ("chunks",)
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    chunks: int
+    def __init__(self, chunks: _Optional[int] = ...) -> None: ...
+
+class UnpinRequest(_message.Message):
+    __slots__ = ("namespace_id", "key")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    key: bytes
+    def __init__(self, namespace_id: _Optional[bytes] = ..., key: _Optional[bytes] = ...) -> None: ...
+
+class UnpinResponse(_message.Message):
+    __slots__ = ("chunks",)
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    chunks: int
+    def __init__(self, chunks: _Optional[int] = ...) -> None: ...
+
+class PinStats(_message.Message):
+    __slots__ = ("namespace_id", "key", "chunks", "bytes")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    key: bytes
+    chunks: int
+    bytes: int
+    def __init__(self, namespace_id: _Optional[bytes] = ..., key: _Optional[bytes] = ..., chunks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class ListPinsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListPinsResponse(_message.Message):
+    __slots__ = ("pins",)
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    pins: _containers.RepeatedCompositeFieldContainer[PinStats]
+    def __init__(self, pins: _Optional[_Iterable[_Union[PinStats, _Mapping]]] = ...) -> None: ...
 
 class AuditRequest(_message.Message):
     __slots__ = ()

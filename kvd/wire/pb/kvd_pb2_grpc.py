@@ -473,6 +473,21 @@ class AdminStub(object):
                 request_serializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.DropRequest.SerializeToString,
                 response_deserializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.DropResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/kvd.v1.Admin/Pin',
+                request_serializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/kvd.v1.Admin/Unpin',
+                request_serializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.ListPins = channel.unary_unary(
+                '/kvd.v1.Admin/ListPins',
+                request_serializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.ListPinsRequest.SerializeToString,
+                response_deserializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.ListPinsResponse.FromString,
+                _registered_method=True)
         self.Audit = channel.unary_unary(
                 '/kvd.v1.Admin/Audit',
                 request_serializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.AuditRequest.SerializeToString,
@@ -485,7 +500,29 @@ class AdminServicer(object):
     """
 
     def Drop(self, request, context):
-        """Drops READY chunks that nobody leases: of one namespace, or all of the caller's tenant.
+        """Drops chunks that nobody leases and no pin covers, from the pool and from the disks: of one namespace, or all of the
+        caller's tenant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Wishes that a prefix stays, in the pool and on disk, also when it is stored later. Idempotent. Pins end with Unpin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Takes the wish back. What was not pinned is not an error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPins(self, request, context):
+        """The pins of the caller's tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -505,6 +542,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drop,
                     request_deserializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.DropRequest.FromString,
                     response_serializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.DropResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.PinRequest.FromString,
+                    response_serializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.UnpinRequest.FromString,
+                    response_serializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.UnpinResponse.SerializeToString,
+            ),
+            'ListPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPins,
+                    request_deserializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.ListPinsRequest.FromString,
+                    response_serializer=kvd_dot_wire_dot_pb_dot_kvd__pb2.ListPinsResponse.SerializeToString,
             ),
             'Audit': grpc.unary_unary_rpc_method_handler(
                     servicer.Audit,
@@ -540,6 +592,87 @@ class Admin(object):
             '/kvd.v1.Admin/Drop',
             kvd_dot_wire_dot_pb_dot_kvd__pb2.DropRequest.SerializeToString,
             kvd_dot_wire_dot_pb_dot_kvd__pb2.DropResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvd.v1.Admin/Pin',
+            kvd_dot_wire_dot_pb_dot_kvd__pb2.PinRequest.SerializeToString,
+            kvd_dot_wire_dot_pb_dot_kvd__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvd.v1.Admin/Unpin',
+            kvd_dot_wire_dot_pb_dot_kvd__pb2.UnpinRequest.SerializeToString,
+            kvd_dot_wire_dot_pb_dot_kvd__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvd.v1.Admin/ListPins',
+            kvd_dot_wire_dot_pb_dot_kvd__pb2.ListPinsRequest.SerializeToString,
+            kvd_dot_wire_dot_pb_dot_kvd__pb2.ListPinsResponse.FromString,
             options,
             channel_credentials,
             insecure,

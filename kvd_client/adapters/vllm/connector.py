@@ -84,7 +84,7 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(lambda: (0, False))
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens that can be loaded, and whether beside the steps."""
+        """Tokens that can be loaded, and whether beside the steps; None: not known yet."""
         return self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else (0, False)
 
     @guarded(_nothing)

@@ -95,14 +95,17 @@ class Controller:
         except KvdError:
             pass
 
-    def lookup(self, keys: Sequence[bytes], skip: int) -> ReadLease | None:
-        """The longest stored prefix, leased. Waits for the daemon, at most the lookup's deadline; None: no answer."""
+    def lookup(self, keys: Sequence[bytes], skip: int, *, again: bool) -> ReadLease | None:
+        """The longest prefix in memory, leased. Waits for the daemon, at most the lookup's deadline; None: no answer.
+
+        ``again``: the same request has asked before.
+        """
         namespace = self._namespace
         if namespace is None or not self._client.connected:
             return None
         began = time.monotonic()
         try:
-            return self._client.lookup(namespace, keys, skip=skip, timeout_s=self._lookup_timeout_s)
+            return self._client.lookup(namespace, keys, skip=skip, again=again, timeout_s=self._lookup_timeout_s)
         except KvdError as error:
             self._tally.add(lookup_failures=1)
             complain("lookup", "kvd: a lookup got no answer: %s", error)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvd_client.adapters.vllm.lora import Adapters
 from kvd_client.adapters.vllm.meta import NO_EPOCH, NULL_BLOCK, LoadJob, LoadReport
+from kvd_client.adapters.vllm.waiting import Waits
 from kvd_client.leases import ReadLease
 
 if TYPE_CHECKING:
@@ -50,6 +51,12 @@ class _Match:
     skip: int  # chunks at the front that were not leased
     lease: ReadLease | None
     tokens: int  # external tokens offered to the scheduler
+    waits: bool  # more are on their way: nothing is offered yet
+
+    @property
+    def known(self) -> int:
+        """Chunks at the front that are in the daemon's memory."""
+        return self.skip + len(self.lease) if self.lease is not None and len(self.lease) else 0
 
     def release(self) -> None:
         if self.lease is not None:
@@ -66,10 +73,11 @@ class _Loading:
 class Matching:
     """Lookups, their leases, and load jobs. Called on the engine's thread."""
 
-    def __init__(self, controller: Controller, grid: Grid, ranks: int, *, load_async: bool) -> None:
+    def __init__(self, controller: Controller, grid: Grid, ranks: int, waits: Waits, *, load_async: bool) -> None:
         self._controller = controller
         self._grid = grid
         self._ranks = ranks
+        self._waits = waits
         #: Whether loads run beside the steps.
         self.asynchronous = load_async
         self._matches: dict[str, _Match] = {}
@@ -77,9 +85,10 @@ class Matching:
         self._jobs: list[LoadJob] = []
         self._no_more: set[str] = set()  # requests whose load has failed: they compute
 
-    def match(self, request: Request, computed: int) -> tuple[int, bool, int]:
+    def match(self, request: Request, computed: int) -> tuple[int | None, bool, int]:
         """External tokens after ``computed`` (a multiple of a block), whether they come asynchronously, and how many
-        chunks at the front of the request are known to be stored.
+        chunks at the front of the request are known to be in the daemon's memory. None tokens: ask again at the next
+        step, because more of them are on their way there.
 
         At least one token is left to compute, as with vLLM's own prefix cache, so the last block is not loaded when
         its end is the end of the request.
@@ -93,23 +102,35 @@ class Matching:
         if grid.adapters.salt(request) is None:
             return 0, False, 0
         match = self._matches.get(request.request_id)
-        if match is None or not self._fresh(match, computed):
-            self.forget(request.request_id)
-            lease = self._controller.lookup([grid.key(request, i) for i in range(chunks)], skip)
-            held = skip + len(lease) if lease is not None and len(lease) else 0
-            tokens = max(0, min(held * grid.chunk_tokens, limit) - computed)
-            match = _Match(time.monotonic(), computed, skip, lease, tokens)
-            if not tokens:
-                match.release()
-            self._matches[request.request_id] = match
-        known = match.skip + len(match.lease) if match.lease is not None and len(match.lease) else 0
-        return match.tokens, self.asynchronous and match.tokens > 0, known
+        if match is None or not self._fresh(request.request_id, match, computed):
+            match = self._look_up(request, computed, chunks, limit, match)
+        if match.waits:
+            return None, False, 0
+        return match.tokens, self.asynchronous and match.tokens > 0, match.known
 
-    def _fresh(self, match: _Match, computed: int) -> bool:
+    def _look_up(self, request: Request, computed: int, chunks: int, limit: int, former: _Match | None) -> _Match:
+        grid, skip, now = self._grid, computed // self._grid.chunk_tokens, time.monotonic()
+        keys = [grid.key(request, i) for i in range(chunks)]
+        lease = self._controller.lookup(keys, skip, again=former is not None)
+        match = _Match(now, computed, skip, lease, 0, False)
+        promoting = lease.promoting if lease is not None else 0
+        match.tokens = max(0, min(match.known * grid.chunk_tokens, limit) - computed)
+        match.waits = self._waits.heard(request.request_id, now, match.known, promoting)
+        if not match.tokens:
+            match.release()
+        # Not before the new lease is there: in between, what was waited for could be evicted.
+        if former is not None:
+            former.release()
+        self._matches[request.request_id] = match
+        return match
+
+    def _fresh(self, request_id: str, match: _Match, computed: int) -> bool:
         """Whether an answer still holds. A lease is looked up anew, and so replaced, after a third of its life."""
         age = time.monotonic() - match.at
         if match.computed != computed:
             return False
+        if match.lease is not None and match.waits:
+            return match.lease.epoch == self._controller.epoch and not self._waits.due(request_id)
         if match.lease is None or not match.tokens:
             return age < MISS_AGE_S
         return match.lease.epoch == self._controller.epoch and age < self._controller.read_lease_s / 3
@@ -170,13 +191,15 @@ class Matching:
         """Whether a load of the request is ordered or under way."""
         return request_id in self._loading
 
-    def forget(self, request_id: str) -> None:
-        """The lookup's answer is not wanted any more. A load under way goes on; its lease ends with it."""
+    @property
+    def waiting(self) -> bool:
+        """Whether requests wait for chunks on their way."""
+        return bool(self._waits)
+
+    def end(self, request_id: str) -> None:
+        """The request is gone. A load under way goes on; its lease ends with it."""
         match = self._matches.pop(request_id, None)
         if match is not None:
             match.release()
-
-    def end(self, request_id: str) -> None:
-        """The request is gone."""
-        self.forget(request_id)
+        self._waits.end(request_id)
         self._no_more.discard(request_id)

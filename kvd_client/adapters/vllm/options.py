@@ -17,6 +17,10 @@ class Options:
     load_async: bool = True
     #: Longest time a scheduler step waits for the daemon to answer a lookup.
     lookup_timeout_s: float = 0.1
+    #: Longest time a request waits for chunks on their way into the daemon's memory, from a disk or because a restarted
+    #: daemon checks them first; what has not come by then is computed. 0: nothing is waited for. A disk brings about as
+    #: many tokens in a second as a GPU computes, so waiting for longer is seldom worth it.
+    promote_timeout_s: float = 1.0
     #: A load that has not arrived after this time is computed instead.
     load_timeout_s: float = 5.0
     #: Longest time a finished request's blocks are kept for a store that has not started.
@@ -34,6 +38,8 @@ def _wrong(name: str, value: Any) -> str | None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if name == "chunk_tokens":
         return None if value is None or (number and value == int(value) > 0) else "a number of tokens"
+    if name == "promote_timeout_s" and number and value == 0:
+        return None
     return None if number and 0 < value <= 3600 else "a time in seconds, above 0"
 
 

@@ -17,6 +17,7 @@ from kvd_client.adapters.vllm.meta import Geometry, KvdMetadata, WorkerFacts, Wo
 from kvd_client.adapters.vllm.options import Options
 from kvd_client.adapters.vllm.stats import KvdStats, Tally
 from kvd_client.adapters.vllm.storing import Storing
+from kvd_client.adapters.vllm.waiting import Waits
 from kvd_client.adapters.vllm.weights import Unidentified
 from kvd_client.client import Client
 from kvd_client.messages import NamespaceHandle
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
 #: first request can find something. What takes longer goes on in the background.
 IDENTIFY_WAIT_S = 5.0
 CONNECT_WAIT_S = 0.5
+#: A step that computes nothing because requests wait for chunks takes so long at least: vLLM steps on at once.
+IDLE_STEP_S = 0.001
 
 
 class Scheduler:
-    """One engine. Every method is called on the engine's thread; only ``match`` may wait, for the lookup's deadline."""
+    """One engine. Every method is called on its thread. Two may wait: ``match``, for the lookup's deadline, and
+    ``orders``, for IDLE_STEP_S when there is nothing to do."""
 
     def __init__(self, config: VllmConfig, kv_cache_config: KVCacheConfig, options: Options) -> None:
         self._config = config
@@ -90,7 +94,8 @@ class Scheduler:
             )
             load_async = True
         self._geometry = geometry
-        self._matching = Matching(self._controller, grid, self._ranks, load_async=load_async)
+        waits = Waits(self._options.promote_timeout_s, self._tally)
+        self._matching = Matching(self._controller, grid, self._ranks, waits, load_async=load_async)
         step_chunks = max(1, sum(fact.step_bytes for fact in facts) // geometry.chunk_bytes)
         self._storing = Storing(self._controller, grid, self._ranks, step_chunks, self._options.store_timeout_s)
         if self._revision is not None:
@@ -125,8 +130,9 @@ class Scheduler:
         """A request has come in."""
         self._requests[request.request_id] = request
 
-    def match(self, request: Request, computed: int) -> tuple[int, bool]:
-        """Tokens that can be loaded after the first ``computed``, and whether beside the steps."""
+    def match(self, request: Request, computed: int) -> tuple[int | None, bool]:
+        """Tokens that can be loaded after the first ``computed``, and whether beside the steps. None: they are on their
+        way, ask again at the next step."""
         matching, storing = self._matching, self._storing
         if matching is None or storing is None or not self._loads or not self._ready():
             return 0, False
@@ -166,6 +172,8 @@ class Scheduler:
             return orders
         orders.loads = self._matching.take_jobs()
         orders.idle = not output.total_num_scheduled_tokens
+        if orders.idle and self._matching.waiting and not orders.loads:
+            time.sleep(IDLE_STEP_S)
         orders.attachment = self._controller.attachment() if self._revision is not None else None
         try:
             self._order_stores(output, orders)

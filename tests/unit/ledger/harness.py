@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from kvd.ledger.chunk import Chunk
+from kvd.ledger.eviction import EvictionPolicy
 from kvd.memory.slabs import SlabAllocator
 from kvd.store import ChunkStore, Limits
 from kvd.types import ROOT, CommitStatus, Location, Namespace, ReserveResult, ReserveStatus, SessionId
@@ -67,12 +69,14 @@ class Table:
 class Pool:
     """A store over ``granules`` of 4 KiB, with shorthand for what tests do all the time."""
 
-    def __init__(self, granules: int = 16, **limits: float) -> None:
+    def __init__(
+        self, granules: int = 16, *, policy: EvictionPolicy[Chunk] | None = None, ttl_s: float = 0.0, **limits: float
+    ) -> None:
         self.clock = Clock()
         self.table = Table()
         self.limits = Limits(**{"max_writing_share": 1.0, **limits})  # type: ignore[arg-type]
         self.slabs = SlabAllocator(granules * GRANULE)
-        self.store = ChunkStore(self.slabs, self.table, self.limits, self.clock)
+        self.store = ChunkStore(self.slabs, self.table, self.limits, self.clock, policy, ttl_s=ttl_s)
         self.leases = itertools.count(1)
         self._sessions = itertools.count(1)
 

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvd.store import IoTicket
 from kvd.types import ROOT, CommitStatus, Namespace, ReserveStatus, Stripe
-from kvd.wire.errors import InvalidRequest, NamespaceUnknown, SessionUnknown
+from kvd.wire.errors import InvalidRequest, LimitReached, NamespaceUnknown, SessionUnknown
 from kvd.wire.frames import Item, ItemStatus, Op
 from kvd.wire.spans import Span, whole
 from tests.unit.ledger.harness import GRANULE, Pool, key
@@ -352,7 +352,42 @@ class StoreMachine(RuleBasedStateMachine):
         for chunk in dropped:
             del self.model.chunks[chunk.space, chunk.key]
 
+    @precondition(lambda self: self.spaces)
+    @rule(which=choice, index=number, whole=rarely)
+    def pin(self, which: int, index: int, whole: bool) -> None:
+        space = sorted(self.spaces.values(), key=lambda s: s.id)[which % len(self.spaces)]
+        name = b"" if whole else key(index)
+        wishes = {*self.model.wishes, (space, name)}
+        try:
+            covered = self.store.pin(space.tenant, space.id, name)
+        except LimitReached:
+            assert self.model.covered_bytes(wishes) * 2 > self.pool.slabs.total_bytes, "there was room to pin"
+        else:
+            self.model.wishes = wishes
+            assert covered <= len(self.model.covered({(space, name)}))
+
+    @precondition(lambda self: self.model.wishes)
+    @rule(which=choice)
+    def unpin(self, which: int) -> None:
+        space, name = sorted(self.model.wishes, key=lambda wish: (wish[0].id, wish[1]))[which % len(self.model.wishes)]
+        self.store.unpin(space.tenant, space.id, name)
+        self.model.wishes.discard((space, name))
+
     # ------------------------------------------------------------ what must always hold
+
+    @invariant()
+    def what_is_pinned_is_what_is_wished(self) -> None:
+        books, model = self.store._books, self.model
+        assert books.pins is not None
+        model.pinned = {(self.spaces[node.space.namespace.id], node.key) for node in books.pins.reasons}
+        covered = model.covered(model.wishes)
+        assert model.pinned <= covered
+        assert books.pins.bytes * 2 <= self.pool.slabs.total_bytes
+        # What was too much when it came stays out, even when there is less later.
+        model.too_much = (
+            model.too_much or model.covered_bytes(model.wishes) * 2 > self.pool.slabs.total_bytes
+        ) and bool(model.wishes)
+        assert model.too_much or model.pinned == covered
 
     @invariant()
     def books_agree_with_each_other_and_with_the_model(self) -> None:
@@ -403,6 +438,8 @@ class StoreMachine(RuleBasedStateMachine):
         for ticket in self.tickets:
             self.store.end_io(ticket)
         self.pool.pass_time(1000.0)
+        for space, name in self.model.wishes:
+            self.store.unpin(space.tenant, space.id, name)
         for tenant in TENANTS:
             assert self.store.drop(tenant, None)[1] == 0
         self.pool.audited()

@@ -57,6 +57,10 @@ class Model:
     limbo: list[Limbo] = field(default_factory=list)
     reads: dict[tuple[int, int], tuple[float, list[Chunk]]] = field(default_factory=dict)
     transfers: dict[int, tuple[Op, list[Chunk | None]]] = field(default_factory=dict)
+    #: Pins, as (namespace, key), and what they keep.
+    wishes: set[tuple[Space, bytes]] = field(default_factory=set)
+    pinned: set[tuple[Space, bytes]] = field(default_factory=set)
+    too_much: bool = False
     generations: set[int] = field(default_factory=set)
 
     # ---------------------------------------------------------------- questions
@@ -71,12 +75,27 @@ class Model:
         """Whether the chunk itself gives a reason to stay."""
         return (
             chunk.state is not READY
+            or (chunk.space, chunk.key) in self.pinned
             or any(chunk in leased for _, leased in self.reads.values())
             or any(op is Op.READ and chunk in chunks for op, chunks in self.transfers.values())
         )
 
     def held(self, chunk: Chunk) -> bool:
         return any(self.busy(below) for below in self.subtree(chunk))
+
+    def covered(self, wishes: set[tuple[Space, bytes]]) -> set[tuple[Space, bytes]]:
+        """What is READY and wished to stay, with all above it."""
+        found = set()
+        for chunk in self.chunks.values():
+            if chunk.state is READY and {(chunk.space, chunk.key), (chunk.space, b"")} & wishes:
+                at: Chunk | None = chunk
+                while at is not None:
+                    found.add((at.space, at.key))
+                    at = self.chunks.get((at.space, at.parent))
+        return found
+
+    def covered_bytes(self, wishes: set[tuple[Space, bytes]]) -> int:
+        return sum(space.slot_bytes for space, _ in self.covered(wishes))
 
     def writes(self, chunk: Chunk) -> int:
         return sum(chunks.count(chunk) for op, chunks in self.transfers.values() if op is Op.WRITE)

@@ -156,3 +156,72 @@ def test_window_counts_what_would_go_with_it_elsewhere() -> None:
     assert pool.stored(session, small, *keys(*family)) == len(family)
     assert [pool.stored(session, small, key(number)) for number in (1, 2, 3, 20, 21, 22, 23)] == [1] * 3 + [0] * 4
     pool.audited()
+
+
+# ---------------------------------------------------------------- law 8: some is kept free
+
+
+def evictions(pool: Pool, session: int, namespace: Namespace, first: int, count: int) -> int:
+    """How many chunks a Reserve of so many single new ones has to evict before it can answer."""
+    before = pool.store.counters.evicted_chunks
+    reserved = pool.reserve(session, namespace, *((key(number), ROOT) for number in range(first, first + count)))
+    assert reserved.all(GRANTED)
+    made = pool.store.counters.evicted_chunks - before
+    pool.commit(session, namespace, reserved.lease, *(key(number) for number in range(first, first + count)))
+    return made
+
+
+def test_what_was_asked_for_is_free_ahead_of_the_next_time() -> None:
+    pool = Pool(4096)
+    session = pool.session()
+    namespace = pool.namespace(session)
+    pool.write(session, namespace, *((key(number), ROOT) for number in range(4096)))
+    assert evictions(pool, session, namespace, 10_000, 30) == 30
+    for round_ in range(1, 5):
+        pool.pass_time(0.5)
+        pool.audited()
+        assert evictions(pool, session, namespace, 10_000 + 100 * round_, 30) == 0
+    assert pool.store.counters.evicted_chunks == 5 * 30
+    assert pool.stored(session, namespace, key(150)) == 1  # the coldest went, as they would have anyway
+    assert pool.stored(session, namespace, key(149)) == 0
+
+
+def test_a_full_pool_that_nobody_stores_into_stays_full() -> None:
+    pool = Pool(4096)
+    session = pool.session()
+    namespace = pool.namespace(session)
+    pool.write(session, namespace, *((key(number), ROOT) for number in range(4096)))
+    for _ in range(5):
+        pool.pass_time(0.5)
+    # Once, for it has just been stored into; and no more than a hundredth.
+    assert pool.store.counters.evicted_chunks == 40
+    assert pool.stored(session, namespace, key(39)) == 0
+    assert pool.stored(session, namespace, key(40)) == 1
+
+
+def test_no_more_than_a_hundredth_of_the_pool_is_freed_ahead_however_much_is_asked_for() -> None:
+    pool = Pool(4096)
+    session = pool.session()
+    small, large = pool.namespace(session), pool.namespace(session, "large", granules=8)
+    pool.write(session, small, *((key(number), ROOT) for number in range(4096)))
+    evictions(pool, session, small, 10_000, 200)
+    evictions(pool, session, large, 20_000, 50)
+    before = pool.store.stats().pool.ready_bytes
+    for _ in range(3):
+        pool.pass_time(0.5)
+        pool.audited()
+        assert before - pool.store.stats().pool.ready_bytes <= 4096 * GRANULE // 100
+
+
+def test_what_is_leased_or_pinned_is_not_freed_ahead() -> None:
+    pool = Pool(4096)
+    session = pool.session()
+    namespace = pool.namespace(session)
+    pool.write(session, namespace, *((key(number), ROOT) for number in range(4096)))
+    pool.store.pin("default", namespace.id, key(0))
+    leased = [pool.lease(session, namespace, key(number))[1] for number in range(1, 20)]
+    pool.pass_time(0.5)
+    assert sum(leased) == 19
+    assert pool.store.counters.evicted_chunks == 40
+    assert all(pool.stored(session, namespace, key(number)) for number in range(20))
+    pool.audited()

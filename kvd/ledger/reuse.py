@@ -1,0 +1,167 @@
+"""When are chunks used again? Learnt while it happens, per class of chunks, for those that were evicted as well."""
+
+from __future__ import annotations
+
+#: Classes are numbers below this.
+CLASSES = 16
+_CLASS_BITS = 4
+
+#: Ages are counted in buckets: four to each doubling.
+_PER_OCTAVE = 4
+BUCKETS = _PER_OCTAVE * 48
+
+#: Evidence that stands against what was seen: so many chunks that are used again with a chance that falls with age.
+_PRIOR = 50.0
+_PRIOR_HAZARD = 0.05 / _PER_OCTAVE
+#: Uses again that must have been seen before anything is concluded.
+_ENOUGH = 256
+#: What has ended counts half once it weighs more than so many times what is still waited for: the load changes.
+_MEMORY = 16
+#: Those that are waited for are counted by class and time; the times get coarser when there are more counts than this.
+_MAX_CELLS = 2048
+_LEAST_INTERVAL = 1024
+
+
+def bucket(age: int) -> int:
+    """The bucket of an age of 1 or more (and below 2**48)."""
+    octave = age.bit_length() - 1
+    return octave * _PER_OCTAVE + (age << 2 >> octave & 3)
+
+
+def _edge(number: int) -> float:
+    """The age at which a bucket begins."""
+    octave, quarter = divmod(number, _PER_OCTAVE)
+    return float((1 << octave) * (_PER_OCTAVE + quarter)) / _PER_OCTAVE
+
+
+_WIDTHS = [_edge(number + 1) - _edge(number) for number in range(BUCKETS)]
+
+
+class ReuseTimes:
+    """The distribution of the time to the next use, per class, and what follows: how much a place is worth.
+
+    ``worth[class][bucket(age)]`` is the Gittins index of something of this class and age: the best rate of hits per
+    time that its place can bring, max over T of P(used again within T) / E[time until then, T at most]. Those that are
+    still waited for are counted as having waited so far (they are censored), so nothing is biased towards short times.
+    While too little is known it is one over the age: least recently used is worth least.
+    """
+
+    def __init__(self) -> None:
+        self.worth = [[1.0 / _edge(number) for number in range(BUCKETS)]] * CLASSES
+        self.learnt = False
+        #: Time from which on ``learn`` should be called.
+        self.due = _LEAST_INTERVAL
+        self._used = [[0.0] * BUCKETS for _ in range(CLASSES)]
+        self._lost = [[0.0] * BUCKETS for _ in range(CLASSES)]
+        self._waiting: dict[int, int] = {}  # by time >> _coarse, then class
+        self._coarse = 0
+        self._seen = 0
+
+    def began(self, number: int, now: int) -> None:
+        """Something of class ``number`` was used at ``now`` and is waited for."""
+        cell = now >> self._coarse << _CLASS_BITS | number
+        waiting = self._waiting
+        if cell in waiting:
+            waiting[cell] += 1
+            return
+        waiting[cell] = 1
+        if len(waiting) > _MAX_CELLS:
+            self._coarsen()
+
+    def used(self, number: int, since: int, now: int) -> None:
+        """What began at ``since`` was used again. Every hit comes through here: no further calls."""
+        age = now - since
+        octave = age.bit_length() - 1
+        self._used[number][octave * _PER_OCTAVE + (age << 2 >> octave & 3)] += 1.0
+        self._seen += 1
+        cell = since >> self._coarse << _CLASS_BITS | number
+        waiting = self._waiting
+        left = waiting.get(cell, 0)
+        if left > 1:
+            waiting[cell] = left - 1
+        elif left:
+            del waiting[cell]
+
+    def lost(self, number: int, since: int, now: int) -> None:
+        """What began at ``since`` is waited for no longer."""
+        self._lost[number][bucket(max(1, now - since))] += 1.0
+        cell = since >> self._coarse << _CLASS_BITS | number
+        left = self._waiting.get(cell, 0)
+        if left > 1:
+            self._waiting[cell] = left - 1
+        elif left:
+            del self._waiting[cell]
+
+    def learn(self, now: int) -> None:
+        """Draw the conclusions. O(classes x buckets), a few milliseconds."""
+        waiting = sum(self._waiting.values())
+        self.due = now + max(_LEAST_INTERVAL, waiting // 4)
+        if self._seen < _ENOUGH:
+            return
+        self.learnt = True
+        top = min(bucket(now) + 2 * _PER_OCTAVE, BUCKETS)
+        risks = self._at_risk(now, top)
+        used = [sum(column) for column in zip(*self._used, strict=True)]
+        risk = [sum(column) for column in zip(*risks, strict=True)]
+        common = [(used[at] + _PRIOR * _PRIOR_HAZARD) / (risk[at] + _PRIOR) for at in range(top)]
+        self.worth = [self._indices(self._used[number], risks[number], common) for number in range(CLASSES)]
+        if sum(used) + sum(map(sum, self._lost)) > _MEMORY * waiting:
+            for columns in (self._used, self._lost):
+                for number, counts in enumerate(columns):
+                    columns[number] = [count / 2 for count in counts]
+
+    def _coarsen(self) -> None:
+        while len(self._waiting) > _MAX_CELLS // 2:
+            self._coarse += 1
+            merged: dict[int, int] = {}
+            for cell, count in self._waiting.items():
+                time, number = cell >> _CLASS_BITS + 1, cell & CLASSES - 1
+                cell = time << _CLASS_BITS | number
+                merged[cell] = merged.get(cell, 0) + count
+            self._waiting = merged
+
+    def _at_risk(self, now: int, top: int) -> list[list[float]]:
+        """Per class and bucket: how many came to this age. Those who ended in it without a use count half."""
+        ended = [list(lost[:top]) for lost in self._lost]
+        half = 1 << self._coarse >> 1
+        for cell, count in self._waiting.items():
+            age = now - ((cell >> _CLASS_BITS << self._coarse) + half)
+            ended[cell & CLASSES - 1][min(bucket(max(1, age)), top - 1)] += count
+        risks = []
+        for used, others in zip(self._used, ended, strict=True):
+            risk = [0.0] * top
+            beyond = 0.0
+            for at in range(top - 1, -1, -1):
+                beyond += used[at] + others[at]
+                risk[at] = beyond - others[at] / 2
+            risks.append(risk)
+        return risks
+
+    @staticmethod
+    def _indices(used: list[float], risk: list[float], common: list[float]) -> list[float]:
+        """The index at each age: the steepest way up from it on the curve of hits over time held.
+
+        ``hits`` and ``held`` are for one that begins; given that it came to an age, both grow by one factor beyond.
+        The steepest ways are the tangents of the curve's upper hull, found from its end backwards.
+        """
+        hits, held, alive = [0.0], [0.0], 1.0
+        for at, shared in enumerate(common):
+            hazard = min(1.0, (used[at] + _PRIOR * shared) / (risk[at] + _PRIOR))
+            hits.append(hits[-1] + alive * hazard)
+            held.append(held[-1] + alive * (1.0 - hazard / 2) * _WIDTHS[at])
+            alive *= 1.0 - hazard
+        hull = [len(common)]
+        worth = [0.0] * len(common)
+        for at in range(len(common) - 1, -1, -1):
+            x, y = held[at], hits[at]
+            steepest = _slope(x, y, held[hull[-1]], hits[hull[-1]])
+            while len(hull) > 1 and (other := _slope(x, y, held[hull[-2]], hits[hull[-2]])) >= steepest:
+                hull.pop()
+                steepest = other
+            worth[at] = steepest
+            hull.append(at)
+        return worth + [worth[-1]] * (BUCKETS - len(common))
+
+
+def _slope(x: float, y: float, to_x: float, to_y: float) -> float:
+    return (to_y - y) / (to_x - x) if to_x > x else 0.0

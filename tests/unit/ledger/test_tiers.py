@@ -1,0 +1,15 @@
+"""Random lives of a store with a disk below it and restarts in between: every step ends in a clean audit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.ledger.tier_life import Life
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_happens_nobody_reads_what_he_did_not_ask_for_and_nothing_leaks(seed: int) -> None:
+    life = Life(seed)
+    for _ in range(1200):
+        life.step()
+    assert life.served and life.from_disk and life.deaths, "too quiet a life to show anything"

@@ -72,7 +72,9 @@ class Reclaiming:
             # Emptied, it takes in what it had and at least one record more.
             if extents.dead_in(*where) * len(inside) >= extents.live_in(*where):
                 record = next((record for record in inside if records.movable(record)), None)
-                if record is None or not self._move(record):
+                if record is None:
+                    return
+                if not self._move(record) and (self._moving or not self._clear(where)):
                     return
                 continue
             victim = records.policy.coldest(0)
@@ -80,6 +82,15 @@ class Reclaiming:
                 return
             dropped += 1
             self._counters.dropped_records += records.drop(victim)
+
+    def _clear(self, where: tuple[int, int]) -> bool:
+        """Drop what lies in an extent: there is nowhere to move it to, and nothing under way that would change that."""
+        gone = 0
+        for record in list(self._records.by_extent.get(where, ())):
+            if record.space.records.get(record.key) is record and not record.holds:
+                gone += self._records.drop(record)
+        self._counters.dropped_records += gone
+        return gone > 0
 
     def _move(self, record: Record) -> bool:
         records, source = self._records, record.place

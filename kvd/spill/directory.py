@@ -66,6 +66,7 @@ def open_directory(parent: str, size_bytes: int, files: Files) -> Directory:
     try:
         superblock = _superblock(path, wanted, size_bytes, files)
         extents = extents_in(size_bytes, superblock.extent_bytes)
+        _make_way(path)
         for number in existing_extents(path, files):
             if number >= extents:  # the tier was larger once
                 files.remove(os.path.join(path, f"{number:08d}.extent"))
@@ -147,6 +148,18 @@ def _make(path: str) -> None:
             raise OSError(errno.EPERM, f"{path} is not a directory of this user") from None
         if stat.S_IMODE(found.st_mode) & 0o077:
             os.chmod(path, 0o700)
+
+
+def _make_way(path: str) -> None:
+    """Only plain files may have the names of extents: of anything else the name is taken away, a directory is kept."""
+    with os.scandir(path) as entries:
+        foreign = [one for one in entries if _EXTENT.fullmatch(one.name) and not one.is_file(follow_symlinks=False)]
+    for entry in foreign:
+        log.warning("%s is no plain file; out of the way", entry.path)
+        if entry.is_dir(follow_symlinks=False):
+            os.rename(entry.path, f"{entry.path}.aside-{os.urandom(4).hex()}")
+        else:
+            os.unlink(entry.path)
 
 
 def _superblock(path: str, wanted: int, size_bytes: int, files: Files) -> Superblock:

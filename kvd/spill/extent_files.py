@@ -65,6 +65,7 @@ class ExtentFiles:
         self._lock = threading.Lock()  # of what follows; who holds the lock of a life may take it, not the other way
         self._known = set(existing_extents(directory.path, files))  # those that have a file
         self._lives: dict[int, _Life] = {}
+        self._former: dict[int, bytes] = {}  # the lives that a former daemon has begun
         self._dirty: set[int] = set()
 
     @property
@@ -74,7 +75,13 @@ class ExtentFiles:
 
     def life_of(self, place: Place) -> bytes:
         """What the headers of an extent and of its records name its life."""
-        return self._run + place.life.to_bytes(8, "little")
+        number = place.life.to_bytes(8, "little")
+        former = self._former.get(place.extent, b"")
+        return former if former[_RUN_BYTES:] == number else self._run + number
+
+    def found(self, number: int, life: bytes) -> None:
+        """The life that the extent has, begun by a former daemon: it may be continued."""
+        self._former[number] = life
 
     def open(self, number: int, flags: int) -> OpenFile:
         """The file of an extent, for a ``with`` statement. FileNotFoundError when it is gone."""
@@ -86,7 +93,9 @@ class ExtentFiles:
         life = self._lives.get(place.extent)
         if life is not None and life.number > place.life:
             raise Outlived(f"extent {place.extent} has been filled anew meanwhile")
-        return life is not None and life.number == place.life and life.ready
+        if life is None:
+            return self._former.get(place.extent, b"")[_RUN_BYTES:] == place.life.to_bytes(8, "little")
+        return life.number == place.life and life.ready
 
     def prepare(self, place: Place) -> bool:
         """Begins the life of ``place``; False when another thread has done so. Raises Outlived.
@@ -162,6 +171,7 @@ class ExtentFiles:
         self._known.discard(number)
         self._dirty.discard(number)
         self._lives.pop(number, None)
+        self._former.pop(number, None)
 
     def _allocate(self, number: int) -> None:
         path = self._directory.extent_path(number)

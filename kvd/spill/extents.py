@@ -116,6 +116,17 @@ class _Drive:
         if extent.state is _State.SEALED and not extent.records:
             self.make_free(extent)
 
+    def resumable(self, size: int) -> _Extent | None:
+        """The sealed extent with the most room behind its records; not the one that is worth emptying.
+
+        A daemon that ended while it emptied extents into the last free one has left no other room.
+        """
+        sealed = sorted(
+            (extent for extent in self.extents if extent.state is _State.SEALED), key=lambda extent: extent.live_bytes
+        )
+        roomiest = min(sealed[1:], key=lambda extent: extent.used_bytes, default=None)
+        return roomiest if self.fits(roomiest, size) else None
+
     def fits(self, extent: _Extent | None, size: int) -> bool:
         return extent is not None and extent.used_bytes + size <= self.extent_bytes
 
@@ -204,7 +215,7 @@ class Extents:
         sealed = (
             (extent.live_bytes, number, extent.number)
             for number, drive in enumerate(self._drives)
-            if drive.working
+            if drive.working and not any(extent.state is _State.UNSCANNED for extent in drive.extents)
             for extent in drive.extents
             if extent.state is _State.SEALED
         )
@@ -262,6 +273,8 @@ class Extents:
             raise ValueError(f"extent {place.extent} of drive {place.drive} is not being scanned")
         extent.records += 1
         extent.live_bytes += place.record_bytes
+        extent.used_bytes = max(extent.used_bytes, place.offset + place.record_bytes)
+        extent.life = place.life
         self._live_bytes += place.record_bytes
         self._sequence = max(self._sequence, place.sequence + 1)
 
@@ -348,11 +361,18 @@ class Extents:
         if drive.fits(drive.moving, size):
             return drive.moving
         if not drive.openable():
-            return drive.writing if drive.fits(drive.writing, size) else None
+            if drive.fits(drive.writing, size):
+                return drive.writing
+            extent = drive.resumable(size)
+            if extent is None:
+                return None
+        else:
+            extent = self._open(drive)
         if drive.moving is not None:
             drive.seal(drive.moving)
-        drive.moving = self._open(drive)
-        return drive.moving
+        extent.state = _State.OPEN
+        drive.moving = extent
+        return extent
 
     def _open(self, drive: _Drive) -> _Extent:
         _, number = heapq.heappop(drive.free)

@@ -131,6 +131,8 @@ class Scan:
         batch: list[Found] = []
         records = 0
         for header in self._headers(extent, window, skipped):
+            if not records:
+                self._drive.extents.found(extent, header.life)
             batch.append(_found(self._drive.index, header))
             records += 1
             if len(batch) == BATCH_RECORDS:

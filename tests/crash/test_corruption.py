@@ -218,6 +218,7 @@ def test_a_file_that_is_not_what_it_was_is_no_reason_not_to_start(
         return  # it has said why, and goes on without its disk: the house is not as it should be
     house.fill(crew.client)
     house.settle()
+    assert not house.degraded and house.daemon.log.count("left alone") == 0
     leave(estate, house)
 
 

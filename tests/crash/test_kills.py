@@ -31,6 +31,8 @@ _DROP_EVERY = 40
 #: What a start takes at most on a machine that has nothing else to do.
 _START_S = 0.5
 _WORK_S = 0.6
+#: Deaths in a row while records are moved.
+MOVES = int(os.environ.get("KVD_MOVE_DEATHS", "8"))
 #: A pool with room for all that there is.
 ROOMY_BYTES = 32 << 20
 
@@ -182,6 +184,22 @@ def test_without_a_disk_the_pool_alone_keeps_every_promise() -> None:
             assert recovery.warm and recovery.chunks >= len(house.promises)
             house.check(crew.client)
             assert house.daemon.stats().counters["evicted_chunks"] == 0
+        house.check_empty()
+
+
+@pytest.mark.slow
+def test_deaths_while_extents_are_emptied_never_leave_the_disk_without_room() -> None:
+    """The last free extent is filled by moves: a daemon that dies then has left none."""
+    dice = seeded("moves", SEED)
+    names = [name for name in NAMES if name.startswith("spill.move.")]
+    with furnished("moves") as (house, crew):
+        house.kill()
+        for _ in range(MOVES):
+            name, count = dice.choice(names), dice.randint(1, 12)
+            if house.start(name, count):
+                assert crew.until_death(PATIENCE_S), f"nobody came by {name} {count} times"
+        house.start()
+        house.check(crew.client)
         house.check_empty()
 
 

@@ -143,12 +143,28 @@ def test_what_a_former_daemon_left_is_neither_free_nor_usable_until_it_is_scanne
     made.scanned(0, 0)
     made.scanned(0, 1)
     assert made.free_extents == 2 and made.live_in(0, 1) == 2 * PAGE == made.live_bytes
-    assert made.emptiest() == (0, 1)
+    assert made.emptiest() is None  # 2 may turn out to be free
     new = made.allocate(PAGE)
     assert new is not None and new.sequence > 500 and new.extent == 0  # one that has a file goes first
+    made.scanned(0, 2)
+    assert made.emptiest() == (0, 1)
     with pytest.raises(ValueError, match="not being scanned"):
         made.adopt(Place(0, 1, 3 * PAGE, 2 * PAGE, 501))
     assert made.audit() == []
+
+
+def test_moves_go_on_in_an_extent_of_a_former_daemon_when_it_has_left_no_free_one() -> None:
+    made = Extents(1)
+    made.attach(0, EXTENT, 3, [0, 1, 2])
+    for extent, life, records in ((0, 7, 1), (1, 8, 3), (2, 9, 2)):
+        for number in range(records):
+            made.adopt(Place(0, extent, PAGE + number * 2 * PAGE, 2 * PAGE, 100 * life + number, life))
+        made.scanned(0, extent)
+    assert made.free_extents == 0 and made.allocate(PAGE) is None and made.emptiest() == (0, 0)
+    place = made.allocate(PAGE, moving=True)
+    assert place is not None and (place.extent, place.offset, place.life) == (2, 5 * PAGE, 9)
+    made.release(Place(0, 0, PAGE, 2 * PAGE, 700, 7))  # moved
+    assert made.free_extents == 1 and made.audit() == []
 
 
 def test_a_drive_that_does_not_work_gets_nothing_and_keeps_what_it_has() -> None:

@@ -95,7 +95,7 @@ class ReuseTimes:
     def learn(self, now: int) -> None:
         """Draw the conclusions. O(classes x buckets), a few milliseconds."""
         waiting = sum(self._waiting.values())
-        self.due = now + max(_LEAST_INTERVAL, waiting // 4)
+        self.due = now + max(_LEAST_INTERVAL, waiting // 16)
         if self._seen < _ENOUGH:
             return
         self.learnt = True
@@ -104,7 +104,11 @@ class ReuseTimes:
         used = [sum(column) for column in zip(*self._used, strict=True)]
         risk = [sum(column) for column in zip(*risks, strict=True)]
         common = [(used[at] + _PRIOR * _PRIOR_HAZARD) / (risk[at] + _PRIOR) for at in range(top)]
-        self.worth = [self._indices(self._used[number], risks[number], common) for number in range(CLASSES)]
+        unknown = self._indices([0.0] * top, [0.0] * top, common)
+        self.worth = [
+            self._indices(counts, risks[number], common) if risks[number][0] else unknown
+            for number, counts in enumerate(self._used)
+        ]
         if sum(used) + sum(map(sum, self._lost)) > _MEMORY * waiting:
             for columns in (self._used, self._lost):
                 for number, counts in enumerate(columns):

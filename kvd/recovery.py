@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvd.failpoints import reach
+
 log = logging.getLogger(__name__)
 
 #: Of the file's format; another one is not read.
@@ -71,7 +73,9 @@ def _replace(path: str, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    reach("state.replace.before")
     os.replace(new, path)
+    reach("state.replace.after")
 
 
 def _load(path: str) -> State | None:

@@ -132,8 +132,8 @@ class Promoting:
         return chunk
 
     def _slot(self, space: Space, above: Chunk | None) -> int | None:
-        if self._coming_bytes + space.slot_bytes > self._most_bytes:
-            return None
+        if self._coming_bytes and self._coming_bytes + space.slot_bytes > self._most_bytes:
+            return None  # in a small pool a single chunk may be more than that
         if above is not None:
             self._books.hold(above)  # room must not be made of what the chunk hangs on
         try:

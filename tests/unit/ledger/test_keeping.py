@@ -315,3 +315,15 @@ def test_what_its_share_leaves_no_room_for_is_not_written_and_holds_nobody_up() 
     life.bring(3)
     assert life.on_disk(3) == [3]
     assert life.store.audit() == []
+
+
+def test_a_chunk_larger_than_what_may_be_on_its_way_comes_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier_life, "SLOTS", 2)
+    life = steady_life(0.0)
+    life.bring(2)
+    life.bring(3)
+    life.bring(5)
+    life.bring(7)
+    assert life.in_pool(2) == [] and life.on_disk(2) == [2]
+    assert life.found(2) == 1
+    assert life.store.audit() == []

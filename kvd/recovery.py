@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,30 +40,68 @@ class State:
     wall: float = 0.0
 
 
-def load(paths: Sequence[str]) -> State:
-    """The youngest state in ``paths``; an empty one when there is none. What cannot be read is logged."""
-    found = [state for path in paths if (state := _load(path)) is not None]
-    return max(found, key=lambda state: state.wall, default=State())
+class StateFiles:
+    """The files of the state at ``paths``. Each is read and written by a thread of its own: a disk may hang.
 
+    Made and called from one thread at a time.
+    """
 
-def save(paths: Sequence[str], state: State) -> None:
-    """Writes ``state`` to every path whose directory exists, each at once or not at all. What fails is logged."""
-    body = {
-        "version": VERSION,
-        "wall": state.wall,
-        "pins": state.pins,
-        "uses": state.uses,
-        "dropped": {namespace.hex(): sequence for namespace, sequence in state.dropped.items()},
-        "day": state.day,
-    }
-    text = json.dumps(body)
-    content = f"{_checksum(text)}\n{text}\n".encode()
-    for path in paths:
-        if os.path.isdir(os.path.dirname(path)):
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = tuple(paths)
+        self._busy: dict[str, threading.Thread] = {}
+
+    def load(self, timeout_s: float) -> State:
+        """The youngest state that can be read in time; an empty one when there is none. What cannot is logged."""
+        found: list[State] = []
+
+        def read(path: str) -> None:
+            state = _load(path)
+            if state is not None:
+                found.append(state)
+
+        self._each(read, timeout_s)
+        return max(list(found), key=lambda state: state.wall, default=State())
+
+    def save(self, state: State, timeout_s: float) -> bool:
+        """Writes ``state`` to every path whose directory exists, each at once or not at all; whether none failed."""
+        text = json.dumps(
+            {
+                "version": VERSION,
+                "wall": state.wall,
+                "pins": state.pins,
+                "uses": state.uses,
+                "dropped": {namespace.hex(): sequence for namespace, sequence in state.dropped.items()},
+                "day": state.day,
+            }
+        )
+        content = f"{_checksum(text)}\n{text}\n".encode()
+        failed: list[str] = []
+
+        def write(path: str) -> None:
             try:
-                _replace(path, content)
+                if os.path.isdir(os.path.dirname(path)):
+                    _replace(path, content)
             except OSError as error:
+                failed.append(path)
                 log.warning("%s cannot be written: %s", path, error.strerror)
+
+        return self._each(write, timeout_s) and not failed
+
+    def _each(self, work: Callable[[str], None], timeout_s: float) -> bool:
+        """Does ``work`` for every path but those where the last one has not ended yet; whether all ended in time."""
+        deadline = time.monotonic() + timeout_s
+        late = {path for path, thread in self._busy.items() if thread.is_alive()}
+        for path in self._paths:
+            if path not in late:
+                self._busy[path] = thread = threading.Thread(target=work, args=(path,), name="kvd-state", daemon=True)
+                thread.start()
+        for path, thread in self._busy.items():
+            if path not in late:
+                thread.join(max(0.0, deadline - time.monotonic()))
+                if thread.is_alive():
+                    late.add(path)
+                    log.warning("%s does not answer", path)
+        return not late
 
 
 def _replace(path: str, content: bytes) -> None:

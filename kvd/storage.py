@@ -15,7 +15,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kvd import recovery
 from kvd.config import Loaded, Settings
 from kvd.ledger import policies
 from kvd.ledger.chunk import Chunk
@@ -25,6 +24,7 @@ from kvd.ledger.shares import SharedPolicy
 from kvd.ledger.spilling import Habits
 from kvd.memory.pool import open_pool
 from kvd.memory.slabs import SlabAllocator
+from kvd.recovery import State, StateFiles
 from kvd.spill.codec import Encoder, MissingLibrary
 from kvd.spill.drive import Drive
 from kvd.spill.extents import Extents
@@ -42,6 +42,8 @@ SAVE_EVERY_S = 10.0
 _SCRATCH_BYTES = 256 << 20
 #: How long a stop waits for the disks, after everything has been written or given up.
 _CLOSE_S = 5.0
+#: How long somebody who drops or pins waits until that is on the disks.
+_SAVE_S = 2.0
 #: How long a start waits for them; what opens later is used from then on.
 _OPEN_S = 2.0
 
@@ -81,14 +83,15 @@ class Storage:
             disks=disks,
             ttl_s=settings.ttl_s,
         )
-        self._state_paths = [os.path.join(drive.path, STATE_NAME) for drive in self._drives]
+        paths = [os.path.join(drive.path, STATE_NAME) for drive in self._drives]
         if self.pool.directory is not None:
-            self._state_paths.append(os.path.join(self.pool.directory, STATE_NAME))
+            paths.append(os.path.join(self.pool.directory, STATE_NAME))
+        self._state = StateFiles(paths)
         self._pins: list[Any] = []
         self.recovery = self._recover(began)
         self._tiering: Tiering | None = None
         self._saving = asyncio.Lock()
-        self._saved: recovery.State | None = None
+        self._saved: State | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._saver: asyncio.Task[None] | None = None
 
@@ -160,7 +163,7 @@ class Storage:
         return Disks(self._extents, _disk_policy(settings), self._budget, habits)
 
     def _recover(self, began: float) -> Recovery:
-        state = recovery.load(self._state_paths)
+        state = self._state.load(_OPEN_S)
         self.store.tiers.dropped.update(state.dropped)
         self.store.load_pins(state.pins)
         self._pins = state.pins
@@ -202,15 +205,15 @@ class Storage:
     async def _save(self) -> None:
         async with self._saving:
             wall = time.time()
-            state = recovery.State(
+            state = State(
                 pins=self._pins,
                 uses=self.store.save_times(wall) if self._settings.ttl_s else [],
                 dropped=dict(self.store.tiers.dropped),
                 day="" if self._budget is None else self._budget.save(),
             )
             if state != self._saved:
-                self._saved = state
-                await asyncio.to_thread(recovery.save, self._state_paths, replace(state, wall=wall))
+                done = await asyncio.to_thread(self._state.save, replace(state, wall=wall), _SAVE_S)
+                self._saved = state if done else None
 
     def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

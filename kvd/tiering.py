@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.02
 #: Records whose parents have not been found are kept this long for a drive that is missing.
 MISSING_DRIVE_S = 60.0
+#: How long a scan waits for the books to take in what it has found.
+FOUND_TIMEOUT_S = 30.0
 _DAY_S = 86400
 _SCAN_STOP_S = 5.0
 
@@ -183,7 +185,7 @@ class Tiering:
         """A part of a scan. Waits until the books have it: the scan is not to run ahead of them."""
         done = threading.Event()
         if self._on_loop(self._found, batch, done):
-            done.wait()
+            done.wait(FOUND_TIMEOUT_S)
 
     def ended(self, drive: int) -> None:
         """The scan of a drive is through."""

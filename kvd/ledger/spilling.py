@@ -30,6 +30,8 @@ _FIRST_SPEED = 1 << 30
 _LEAST_SPEED = 32 << 20
 #: The speed is that of the last spell of so much time in which there was always something to write.
 _SPELL_S = 1.0
+#: Chunks of a former daemon that are offered again at a time.
+_CATCH_UP = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Spilling:
         #: Chunks whose bytes a thread is reading for their checksum; each is held.
         self.sealing: set[Chunk] = set()
         self._postponed: set[Chunk] = set()
+        self._scanned = False
         #: Written before their parents were: by parent, what is recorded as soon as that has its record.
         self._early: dict[Chunk, list[tuple[Chunk, Place]]] = {}
         #: Of chunks that are to be written, those under way included.
@@ -85,9 +88,13 @@ class Spilling:
             self._postponed.update(chunks)
 
     def scanned(self) -> None:
-        """All records are known."""
-        postponed, self._postponed = self._postponed, set()
-        for chunk in postponed:
+        """All records are known. What was postponed is offered again, some with every ``catch_up``."""
+        self._scanned = True
+
+    def catch_up(self) -> None:
+        """Offer some of what was postponed; there may be a pool full of it."""
+        for _ in range(min(_CATCH_UP, len(self._postponed)) if self._scanned else 0):
+            chunk = self._postponed.pop()
             if self._is_ready(chunk):
                 self.offer(chunk)
 

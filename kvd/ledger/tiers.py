@@ -87,6 +87,7 @@ class Tiers:
             self._prove(now)
         if self._reclaiming is not None:
             self._reclaiming.work()
+            self.spilling.catch_up()
             self.spilling.pump()
 
     def drives_changed(self) -> None:

@@ -152,6 +152,7 @@ class Daemon:
             drives=storage.drives if storage.has_disks else None,
             daily_bytes=settings.spill_write_daily_bytes,
             written_today_bytes=storage.written_today_bytes,
+            trace=dict if recorder is None else recorder.totals,
         )
         metrics.watch(report.figures, VERSION)
         facts = Facts(

@@ -234,6 +234,8 @@ class Tiering:
     def _end_scan(self) -> None:
         if not self._running and self._restorer is not None:
             self._restorer.end()
+            if self._restorer.orphans:
+                log.info("%d records are of no use: without their parents, unknown, or dropped", self._restorer.orphans)
             self._tiers.scanned()
 
     def _working(self, drive: int, working: bool) -> None:

@@ -157,7 +157,7 @@ class RecordRestorer:
         self._dropped = dropped
         #: Waiting for the record of their parent, by namespace and key of that.
         self._waiting: dict[tuple[bytes, bytes], list[Found]] = {}
-        self.restored = 0
+        #: Found and of no use: without their parents, of namespaces that nobody knows, dropped.
         self.orphans = 0
 
     def found(self, batch: Iterable[Found]) -> None:
@@ -211,7 +211,6 @@ class RecordRestorer:
 
     def _add(self, space: Space, parent: Record | None, one: Found) -> None:
         record = self._records.add(space, one.key, parent, one.place)
-        self.restored += 1
         chunk = space.chunks.get(one.key)
         if chunk is not None and chunk.draft is None and chunk.record is None:
             chunk.record = record

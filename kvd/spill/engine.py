@@ -49,13 +49,8 @@ class DriveCounters:
     """What has been done on one drive since the start."""
 
     read_bytes: int = 0
-    reads: int = 0
     written_bytes: int = 0
-    writes: int = 0
     moved_bytes: int = 0
-    moves: int = 0
-    corrupt: int = 0
-    failed: int = 0
 
 
 class _Lane:
@@ -286,18 +281,13 @@ class Movers:
 
 
 def _count(lane: _Lane, order: Read | Write | Move, outcome: Outcome) -> None:
+    if outcome is not Outcome.OK:
+        return
     with lane.lock:
         counters = lane.counters
-        if outcome is Outcome.CORRUPT:
-            counters.corrupt += 1
-        elif outcome is Outcome.FAILED:
-            counters.failed += 1
-        elif isinstance(order, Read):
-            counters.reads += 1
+        if isinstance(order, Read):
             counters.read_bytes += order.place.record_bytes
         elif isinstance(order, Write):
-            counters.writes += 1
             counters.written_bytes += order.place.record_bytes
         else:
-            counters.moves += 1
             counters.moved_bytes += order.target.record_bytes

@@ -78,11 +78,6 @@ class Health:
         """A probe went well: what was slow lately is forgotten."""
         self._recent_s = self._usual_s
 
-    @property
-    def recent_s(self) -> float:
-        """What an operation takes lately, seconds."""
-        return self._recent_s
-
 
 class Operation:
     """One operation, as a ``with`` statement. A class, not a generator: every read passes here."""

@@ -79,12 +79,6 @@ class BenchDaemon:
             fields = dict(line.split(":", 1) for line in status)
         return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssFile"))
 
-    def cpu_s(self) -> float:
-        """Processor time that the daemon has used, seconds."""
-        with open(f"/proc/{self._process.pid}/stat") as stat:
-            fields = stat.read().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
     def close(self) -> None:
         """Ends it and removes its files."""
         self._end()

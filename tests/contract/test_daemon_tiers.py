@@ -119,6 +119,9 @@ def test_a_recorded_trace_has_each_request_once(tmp_path: Path) -> None:
             for lease, again in enumerate((False, True, True, False), 1):
                 request = pb.LookupRequest(namespace_id=namespace, lease_id=lease, keys=KEYS[: 4 + lease], again=again)
                 session.call("Lookup", request)
+        wait_until(
+            lambda: daemon.metrics().get('kvd_trace_requests_total{outcome="recorded"}') == 2, what="the metric to tell"
+        )
         assert daemon.stop() == 0
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     assert [len(line["hash_ids"]) for line in lines] == [5, 8]

@@ -12,4 +12,8 @@ def test_whatever_happens_nobody_reads_what_he_did_not_ask_for_and_nothing_leaks
     life = Life(seed)
     for _ in range(1200):
         life.step()
-    assert life.served and life.from_disk and life.deaths, "too quiet a life to show anything"
+    for _ in range(20_000):  # a drive may have been away most of the time: then the life goes on until it has shown all
+        if life.served and life.from_disk and life.deaths:
+            return
+        life.step()
+    raise AssertionError("too quiet a life to show anything")

@@ -53,6 +53,7 @@ def _findings(
         for named in books.pins.named.values():
             held.update(named)
     held.update(tiers.spilling.sealing)
+    held.update(tiers.spilling.unsure)
     held.update(tiers.promoting.kept())
     held.update(chunk for chunk in books.by_offset.values() if chunk.to_write)
     for space in books.spaces.values():

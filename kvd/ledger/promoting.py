@@ -28,6 +28,10 @@ GRACE_S = 2.0
 _VERIFY_AHEAD = 4
 
 
+def _nobody(chunk: Chunk) -> None:
+    """Who hears of damage when nobody has plans for what a former daemon left."""
+
+
 class Promoting:
     """What is on its way into the pool, or into sight."""
 
@@ -47,6 +51,8 @@ class Promoting:
         self._verifying: set[Chunk] = set()
         self._ahead: deque[Chunk] = deque()
         self._reads: dict[Chunk, Record] = {}
+        #: Hears of a STALE chunk that is damaged, before it goes.
+        self.on_damaged: Callable[[Chunk], None] = _nobody
 
     @property
     def chunks(self) -> int:
@@ -193,6 +199,7 @@ class Promoting:
                 self._books.sound(chunk)
             else:
                 self._books.counters.corrupt_chunks += 1
+                self.on_damaged(chunk)
                 self._books.condemn(chunk)
         self._verify_ahead()
 

@@ -8,7 +8,7 @@ works, chunks stay unwritten and may be evicted at once.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -67,7 +67,10 @@ class Spilling:
         self._under_way = 0
         #: Chunks whose bytes a thread is reading for their checksum; each is held.
         self.sealing: set[Chunk] = set()
-        self._postponed: set[Chunk] = set()
+        #: What may have a record that a scan has not found yet, and of that what is held until the scan says.
+        self._postponed: OrderedDict[Chunk, None] = OrderedDict()
+        self.unsure: set[Chunk] = set()
+        self._sure_at = 0.0
         self._scanned = False
         #: Written before their parents were: by parent, what is recorded as soon as that has its record.
         self._early: dict[Chunk, list[tuple[Chunk, Place]]] = {}
@@ -83,9 +86,14 @@ class Spilling:
         return len(self._queue) + self._under_way
 
     def postpone(self, chunks: Iterable[Chunk]) -> None:
-        """These may have records that a scan has not found yet: they are not written before ``scanned``."""
+        """These may have records that a scan has not found yet: they are not written before ``scanned``.
+
+        Until then they are held like what is to be written, and not for longer than the queue may stand for.
+        """
         if self._records is not None:
-            self._postponed.update(chunks)
+            self._sure_at = self._clock() + BACKLOG_S
+            for chunk in chunks:
+                self._postpone(chunk)
 
     def scanned(self) -> None:
         """All records are known. What was postponed is offered again, some with every ``catch_up``."""
@@ -93,16 +101,31 @@ class Spilling:
 
     def catch_up(self) -> None:
         """Offer some of what was postponed; there may be a pool full of it."""
-        for _ in range(min(_CATCH_UP, len(self._postponed)) if self._scanned else 0):
-            chunk = self._postponed.pop()
-            if self._is_ready(chunk):
-                self.offer(chunk)
+        if self._scanned:
+            for _ in range(min(_CATCH_UP, len(self._postponed))):
+                chunk, _ = self._postponed.popitem()
+                if chunk in self._books.stale:  # offered when it has been checked
+                    self._postponed[chunk] = None
+                    self._postponed.move_to_end(chunk, last=False)
+                    continue
+                if self._is_ready(chunk):
+                    self.offer(chunk)
+                self._let_go(chunk)
+        elif self.unsure and self._clock() >= self._sure_at:
+            for _ in range(min(_CATCH_UP, len(self.unsure))):
+                self._books.unhold(self.unsure.pop())
+
+    def forget(self, top: Chunk) -> None:
+        """``top`` is damaged: it goes, and all below it."""
+        for chunk in top.subtree():
+            self._postponed.pop(chunk, None)
+            self._let_go(chunk)
 
     def offer(self, chunk: Chunk) -> None:
         """``chunk`` is READY, and may want a checksum or a record."""
         if chunk.to_write:
             return
-        if chunk not in self._postponed and self._worth_writing(chunk):
+        if (self._scanned or chunk not in self._postponed) and self._worth_writing(chunk):
             self._queue_prefix(chunk)
         elif chunk.checksum is None:
             self._enqueue(chunk)
@@ -121,6 +144,11 @@ class Spilling:
         for chunk in self._queue:
             if chunk.to_write and (space is None or chunk.space is space):
                 self._unwant(chunk)
+        if space is None:
+            self._sure_at = 0.0
+        else:
+            for chunk in [chunk for chunk in self.unsure if chunk.space is space]:
+                self._let_go(chunk)
 
     # ------------------------------------------------------------ what is worth writing
 
@@ -145,8 +173,10 @@ class Spilling:
         prefix = []
         at: Chunk | None = chunk
         while at is not None and at.record is None and not at.to_write:
-            if at in self._postponed:
-                return  # it is offered again when the scan is through, and with it what is below it when that is used
+            if at in self._postponed and not self._scanned:
+                for one in prefix:
+                    self._postpone(one)
+                return
             prefix.append(at)
             at = at.parent
         for one in reversed(prefix):
@@ -161,6 +191,17 @@ class Spilling:
             one.to_write = True
             self.queued_bytes += one.space.slot_bytes
             self._enqueue(one)
+
+    def _postpone(self, chunk: Chunk) -> None:
+        self._postponed[chunk] = None
+        self._books.hold(chunk)
+        self.unsure.add(chunk)
+
+    def _let_go(self, chunk: Chunk) -> None:
+        """Whether ``chunk`` is to be written is known."""
+        if chunk in self.unsure:
+            self.unsure.remove(chunk)
+            self._books.unhold(chunk)
 
     def _is_ready(self, chunk: Chunk) -> bool:
         return self._books.by_offset.get(chunk.location.offset) is chunk and chunk.state is ChunkState.READY

@@ -54,6 +54,7 @@ class Tiers:
         reclaiming = None if self.records is None else Reclaiming(self.orders, self.records, books.counters, budget)
         self.spilling = Spilling(books, self.orders, self.records, reclaiming, budget, habits, clock)
         self.promoting = Promoting(books, self.orders, self.records, clock, books.slots.total_bytes)
+        self.promoting.on_damaged = self.spilling.forget
         self._reclaiming = reclaiming
         if reclaiming is not None:
             reclaiming.on_room = self.spilling.pump
@@ -127,6 +128,7 @@ class Tiers:
         self.on_drop()
 
     # ------------------------------------------------------------ after a start
+
     def restore(
         self, entries: Sequence[SlotEntry], namespaces: Mapping[bytes, Namespace], gone: Callable[[int], bool]
     ) -> int:

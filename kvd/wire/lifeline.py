@@ -62,7 +62,7 @@ class Status(IntEnum):
     """Answer to HELLO; anything but OK comes without descriptors and ends the connection."""
 
     OK = 0
-    BAD_VERSION = 2
+    BAD_VERSION = 1
     REFUSED_USER = 2
     UNKNOWN_SESSION = 3
     TOO_MANY = 4

@@ -13,7 +13,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 .PHONY: demo demo-cpu demo-gpu test test-fast lint bench proto image run clean
 
 # What the daemon, its tests and the linters need; no engine.
-.venv/dev.stamp: pyproject.toml
+.venv/dev.stamp: pyproject.toml kvd_client/_presence.c
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -e '.[client,dev]'
 	touch $@
@@ -25,8 +25,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 	$(PIP) uninstall -y torchvision torchaudio torchcodec triton
 	touch $@
 
+# Engines, and what takes minutes, one at a time; all the rest side by side.
 test: lint .venv/engine.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q -n $$(nproc) -m 'not engine and not soak'
+	$(BIN)/python -m pytest -m 'engine or soak'
 
 test-fast: lint
 	$(BIN)/python -m pytest -q -n $$(nproc) -m 'not engine and not soak and not slow'
@@ -54,8 +56,9 @@ demo-gpu: .venv-gpu/stamp
 		".[vllm,cuda$$(.venv-gpu/bin/python -c 'import torch; print(torch.version.cuda.partition(".")[0])')]"
 	touch $@
 
+# All that this machine can: parts that need an engine, a GPU or fio say so when they are not there.
 bench: .venv/dev.stamp
-	$(BIN)/kvd bench
+	$(BIN)/kvd bench all
 
 run: .venv/dev.stamp
 	$(BIN)/kvd serve
@@ -72,4 +75,4 @@ image:
 	docker build -t kvd:$$(sed -n 's/^VERSION = "\(.*\)"/\1/p' kvd/wire/version.py) .
 
 clean:
-	rm -rf .venv .venv-gpu .venv-proto .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-gpu .venv-peers .venv-proto .demo build *.egg-info kvd_client/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,6 +14,7 @@ import grpc
 from google.protobuf.message import Message
 
 from kvd import config
+from kvd.values import parse_size
 from kvd.wire.endpoints import UnixEndpoint, find_socket, parse_endpoint
 from kvd.wire.errors import KvdError, from_rpc_error
 from kvd.wire.pb import kvd_pb2 as pb
@@ -38,7 +39,7 @@ _FLAGS: dict[str, tuple[str | None, str]] = {
         "tmpfs or hugetlbfs directory for the pool's files, in which a restarted daemon finds its chunks again; auto "
         "(default: one of its own in /dev/shm, if that has room), or none (anonymous memory: a restart starts cold)",
     ),
-    "huge_pages": (None, "ask for huge pages; the start says what was really given"),
+    "huge_pages": (None, "take huge pages of the hugetlb pool; transparent ones need no setting"),
     "populate": ("WHEN", "take the pool's memory lazy (on first use), background (default) or start (before serving)"),
     "group": ("NAME", "let members of this group in as well"),
     "allow_remote": (None, "let in peers from other machines; they are not authenticated"),
@@ -154,7 +155,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     # The one command that is a client: it measures a daemon of its own from outside.
     from kvd_client.bench.run import run
 
-    return run(arguments.part, arguments.rounds, directory=arguments.dir, as_json=arguments.json)
+    return run(arguments)
 
 
 def _replay(arguments: argparse.Namespace) -> int:
@@ -250,15 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         client.add_argument(
             "--endpoint", metavar="WHERE", help="unix:PATH or tcp://HOST:PORT (default: the local socket)"
         )
-    bench = _command(commands, "bench", _bench, "measure kvd against what the machine does without it")
-    bench.add_argument(
-        "part", nargs="?", choices=("local", "tcp", "lookup", "start", "spill", "restart", "all"), default="all"
-    )
-    bench.add_argument(
-        "--dir", metavar="DIR", default=".", help="where on the disk that spill measures (default: here); nothing stays"
-    )
-    bench.add_argument("--rounds", type=int, default=9, help="rounds that are counted (default: 9)")
-    bench.add_argument("--json", action="store_true", help="as JSON")
+    _add_bench(_command(commands, "bench", _bench, "measure kvd against what the machine does without it"))
     _add_replay(_command(commands, "replay", _replay, "show what eviction would make of a recorded trace"))
     _command(commands, "version", _version, "print the release")
     return parser
@@ -268,6 +261,51 @@ def _command(commands: Any, name: str, run: object, text: str) -> argparse.Argum
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     command.set_defaults(run=run)
     return command
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    parts = ("local", "tcp", "spill", "lookup", "start", "restart", "copier", "engine", "load", "all")
+    command.add_argument("part", nargs="?", choices=parts, default="all")
+    command.add_argument(
+        "--dir", metavar="DIR", default=".", help="where on the disk that is measured (default: here); nothing stays"
+    )
+    command.add_argument("--rounds", type=int, default=9, help="rounds that are counted (default: 9; load: 3 at most)")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--markdown", action="store_true", help="as tables of Markdown, with what they depend on")
+    command.add_argument("--plot", metavar="FILE", help="a picture of the ratios as well, SVG")
+    command.add_argument(
+        "--held", type=int, default=10**6, help="most chunks held while lookups are measured (default: 1000000)"
+    )
+    load = command.add_argument_group("load", "clients that store, load and look up at the same time")
+    load.add_argument("--peer", metavar="NAME", action="append", default=[], help="beside kvd; see docs/benchmarks.md")
+    load.add_argument("--clients", metavar="N[,N]", type=_counts, default=(1, 4, 16), help="default: 1,4,16")
+    load.add_argument(
+        "--chunks",
+        metavar="SIZE[,SIZE]",
+        type=_sizes,
+        default=(256 << 10, 2 << 20, 40 << 20),
+        help="default: 256KiB,2MiB,40MiB",
+    )
+    load.add_argument("--batch", type=int, default=0, help="chunks of a request (default: as many as make 8 MiB)")
+    load.add_argument("--writes", type=float, default=0.25, help="share of stores in the mixed phase (default: 0.25)")
+    load.add_argument("--hits", type=float, default=0.8, help="share of reads of what was stored (default: 0.8)")
+    load.add_argument("--seconds", type=float, default=1.0, help="length of each phase in each round (default: 1)")
+    load.add_argument("--pool", metavar="SIZE", type=_size, default=1 << 30, help="of every store (default: 1GiB)")
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(_size(part) for part in text.split(","))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 def _add_replay(command: argparse.ArgumentParser) -> None:

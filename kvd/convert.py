@@ -8,7 +8,7 @@ from typing import cast
 
 from kvd.ledger.pins import PinFigures
 from kvd.ledger.terms import DiskFigures, NamespaceFigures, PoolFigures, TenantFigures
-from kvd.types import DriveFigures, Location, Recovery, ReserveResult, Stripe
+from kvd.types import DriveFigures, Location, LookupResult, Recovery, ReserveResult, Stripe
 from kvd.wire.errors import InvalidRequest
 from kvd.wire.identity import MAX_EXTRA, MAX_FIELD_CHARS, Identity
 from kvd.wire.pb import kvd_pb2 as pb
@@ -64,17 +64,31 @@ def commit_items(items: Iterable[pb.CommitItem]) -> list[tuple[bytes, list[Strip
     ]
 
 
-def location(found: Location) -> pb.Location:
-    """A slot's place."""
-    return pb.Location(segment=found.segment, offset=found.offset, generation=found.generation)
+def lookup_response(found: LookupResult) -> pb.LookupResponse:
+    """The answer to Lookup."""
+    segments, offsets, generations = _columns(found.locations)
+    return pb.LookupResponse(
+        offsets=offsets,
+        generations=generations,
+        segments=segments,
+        promoting=found.promoting,
+        writing=found.writing,
+    )
 
 
-def reserve_result(result: ReserveResult) -> pb.ReserveResult:
-    """The outcome of one item of Reserve."""
-    status = cast(pb.ReserveStatus, int(result.status))
-    if result.location is None:
-        return pb.ReserveResult(status=status)
-    return pb.ReserveResult(status=status, location=location(result.location))
+def reserve_response(results: Sequence[ReserveResult]) -> pb.ReserveResponse:
+    """The answer to Reserve."""
+    segments, offsets, generations = _columns([at.location for at in results if at.location is not None])
+    statuses = cast(list[pb.ReserveStatus], [result.status for result in results])
+    return pb.ReserveResponse(statuses=statuses, offsets=offsets, generations=generations, segments=segments)
+
+
+def _columns(locations: Sequence[Location]) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    """(segments, or nothing when all are 0; offsets; generations)."""
+    if not locations:
+        return (), (), ()
+    segments, offsets, generations = zip(*locations, strict=True)
+    return segments if any(segments) else (), offsets, generations
 
 
 # ---------------------------------------------------------------- figures

@@ -13,7 +13,9 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from typing import Protocol
 
+from kvd.calls import CallChannel, CallServer
 from kvd.memory.holders import Holders
 from kvd.memory.segment import Segment
 from kvd.peers import Access, Credentials, credentials_of
@@ -32,6 +34,18 @@ _BACKLOG = 128
 _RETRY_S = 0.5
 
 
+class Presence(Protocol):
+    """The presence table: a file that every client may read."""
+
+    @property
+    def fd(self) -> int:
+        """Read-only descriptor."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file."""
+
+
 class LifelineServer:
     """Listens at ``path``. Lives on the event loop; everything it does is short and never blocks."""
 
@@ -43,15 +57,19 @@ class LifelineServer:
         access: Access,
         segments: Sequence[Segment],
         daemon_id: int,
+        calls: CallServer,
         holders: Holders | None = None,
+        presence: Presence | None = None,
     ) -> None:
-        """``holders``: of a pool that outlives the daemon."""
+        """``calls`` makes the call channels. ``holders``: of a pool that outlives the daemon."""
         self.path = path
         self.sessions = sessions
         self.access = access
         self._segments = segments
         self._daemon_id = daemon_id
+        self._calls = calls
         self._holders = holders
+        self._presence = presence
         self._listener: socket.socket | None = None
         self._connections: set[_Connection] = set()
         self._loop = asyncio.get_running_loop()
@@ -89,22 +107,34 @@ class LifelineServer:
 
     def refuse(self, to: socket.socket, status: Status) -> None:
         """Answers HELLO with anything but OK. Raises OSError."""
-        to.sendmsg([WELCOME.pack(MAGIC, VERSION, status, self._daemon_id, b"", 0, 0)])
+        to.sendmsg([WELCOME.pack(MAGIC, VERSION, status, self._daemon_id, b"", 0, 0, 0)])
 
-    def welcome(self, to: socket.socket, ticket: bytes) -> None:
-        """Answers HELLO with OK and the descriptors. Raises OSError."""
-        descriptors = [fd for segment in self._segments for fd in (segment.data_fd, segment.table_fd)]
-        holder = None if self._holders is None else self._holders.hand_out(self._daemon_id)
-        counts = (len(self._segments), 0 if holder is None else 1)
-        message = WELCOME.pack(MAGIC, VERSION, Status.OK, self._daemon_id, ticket, *counts)
-        message += b"".join(SEGMENT.pack(*segment.info) for segment in self._segments)
+    def welcome(self, to: socket.socket, lifeline: Lifeline) -> CallChannel:
+        """Answers HELLO with OK and the descriptors; the daemon's end of the call channel. Raises OSError."""
+        channel, theirs = self._calls.open(lambda: lifeline.session)
+        holder = None
         try:
-            if holder is not None:
+            descriptors = [fd for segment in self._segments for fd in (segment.data_fd, segment.table_fd)]
+            descriptors.append(theirs.fileno())
+            presence_bytes = 0
+            if self._presence is not None:
+                descriptors.append(self._presence.fd)
+                presence_bytes = self._presence.size_bytes
+            if self._holders is not None:
+                holder = self._holders.hand_out(self._daemon_id)
                 descriptors.append(holder)
+            counts = (len(self._segments), 0 if holder is None else 1, presence_bytes)
+            message = WELCOME.pack(MAGIC, VERSION, Status.OK, self._daemon_id, lifeline.ticket, *counts)
+            message += b"".join(SEGMENT.pack(*segment.info) for segment in self._segments)
             to.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
-        finally:
+        except BaseException:
+            channel.close()
+            raise
+        finally:  # the client's copies alone must hold the lock, and the other end of the channel
+            theirs.close()
             if holder is not None:
-                os.close(holder)  # the client's copy alone must hold the lock
+                os.close(holder)
+        return channel
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -138,6 +168,7 @@ class _Connection:
         self._loop = asyncio.get_running_loop()
         self._impatience = self._loop.call_later(HELLO_TIMEOUT_S, self.close)
         self._closed = False
+        self._calls: CallChannel | None = None
         self._loop.add_reader(connection.fileno(), self._readable)
 
     def close(self) -> None:
@@ -148,6 +179,8 @@ class _Connection:
         self._impatience.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
+        if self._calls is not None:
+            self._calls.close()
         self._server.forget(self)
         if self.lifeline is not None:
             self._server.sessions.lifeline_closed(self.lifeline)
@@ -167,52 +200,48 @@ class _Connection:
 
     def _hello(self, message: bytes) -> None:
         self._impatience.cancel()
-        status, ticket = self._admit(message)
-        if status is None:
+        admitted = self._admit(message)
+        if admitted is None:
             self.close()
             return
         try:
-            if status is Status.OK:
-                self._server.welcome(self._socket, ticket)
-            else:
-                self._server.refuse(self._socket, status)
+            if isinstance(admitted, Lifeline):
+                self.lifeline = admitted
+                self._calls = self._server.welcome(self._socket, admitted)
+                return
+            self._server.refuse(self._socket, admitted)
         except OSError as error:
             log.warning("lifeline: the answer could not be sent: %s", error)
-            self.close()
-            return
-        if status is not Status.OK:
-            self.close()
+        self.close()
 
-    def _admit(self, message: bytes) -> tuple[Status | None, bytes]:
-        """(status, ticket) of the answer; status None: this is no client of ours."""
+    def _admit(self, message: bytes) -> Lifeline | Status | None:
+        """The lifeline of a client that is let in, or why it is not; None: this is no client of ours."""
         if len(message) != HELLO.size:
-            return None, b""
+            return None
         magic, version, kind, token = HELLO.unpack(message)
         if magic != MAGIC:
-            return None, b""
+            return None
         if version != VERSION:
-            return Status.BAD_VERSION, b""
+            return Status.BAD_VERSION
         if kind not in (Kind.OPEN, Kind.ATTACH):
-            return None, b""
+            return None
         try:
             credentials = credentials_of(self._socket)
         except OSError:
-            return None, b""
+            return None
         if not self._server.access.admits(credentials):
             log.warning("lifeline: user %d (pid %d) is not let in", credentials.uid, credentials.pid)
-            return Status.REFUSED_USER, b""
+            return Status.REFUSED_USER
         return self._join(Kind(kind), credentials, token)
 
-    def _join(self, kind: Kind, credentials: Credentials, token: bytes) -> tuple[Status, bytes]:
+    def _join(self, kind: Kind, credentials: Credentials, token: bytes) -> Lifeline | Status:
         sessions = self._server.sessions
         try:
             if kind is Kind.OPEN:
-                self.lifeline = sessions.lifeline_opened(credentials, self.close)
-                return Status.OK, self.lifeline.ticket
-            self.lifeline = sessions.lifeline_attached(credentials, token, self.close)
+                return sessions.lifeline_opened(credentials, self.close)
+            return sessions.lifeline_attached(credentials, token, self.close)
         except SessionUnknown:
-            return Status.UNKNOWN_SESSION, b""
+            return Status.UNKNOWN_SESSION
         except LimitReached as error:
             log.warning("lifeline: %s", error)
-            return Status.TOO_MANY, b""
-        return Status.OK, b""
+            return Status.TOO_MANY

@@ -21,6 +21,7 @@ from kvd.types import DriveFigures, Recovery
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _PROMOTE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _FAST_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -148,7 +149,7 @@ class Metrics:
             registry=self.registry,
         )
         self._loop_lag = Histogram(
-            "kvd_event_loop_lag_seconds", "How late the event loop runs", buckets=_FAST_S, registry=self.registry
+            "kvd_event_loop_lag_seconds", "How late the event loop runs", buckets=_LAG_S, registry=self.registry
         )
         self._promote_seconds = Histogram(
             "kvd_promote_seconds",

@@ -17,8 +17,10 @@ import uvloop
 
 from kvd import preflight
 from kvd.authority import LoopAuthority
+from kvd.calls import CallServer
 from kvd.config import Loaded
 from kvd.control import ControlServer, bind, remove_stale_socket
+from kvd.desk import Desk
 from kvd.http import HttpServer, Page
 from kvd.lifeline import LifelineServer
 from kvd.lock import AlreadyLocked, PathLock
@@ -115,6 +117,12 @@ class Daemon:
         # Its threads ask the loop: it is closed from a thread.
         stack.push_async_callback(asyncio.to_thread, data.close)
 
+        recorder = self._make_recorder()
+        if recorder is not None:
+            recorder.start()
+            stack.push_async_callback(asyncio.to_thread, recorder.close)
+        desk = Desk(store, sessions, metrics, recorder)
+
         self._control = control = ControlServer()
         lifelines = LifelineServer(
             socket_path(settings.socket),
@@ -122,7 +130,9 @@ class Daemon:
             access=access,
             segments=[segment],
             daemon_id=daemon_id,
+            calls=CallServer(desk, limits.max_chunks_per_request),
             holders=storage.pool.holders,
+            presence=storage.presence,
         )
         with self._naming("listen"):
             listen_address = HostPort(settings.listen.host, control.listen_tcp(*settings.listen))
@@ -138,10 +148,6 @@ class Daemon:
             f"data://{HostPort(settings.data.host, data.port)}",
             f"http://{http_address}",
         ]
-        recorder = self._make_recorder()
-        if recorder is not None:
-            recorder.start()
-            stack.push_async_callback(asyncio.to_thread, recorder.close)
         report = Report(
             store,
             sessions,
@@ -164,8 +170,8 @@ class Daemon:
             stats=report.stats,
             remembered=storage.remembered,
         )
-        service = ControlService(store, sessions, access, metrics, facts, recorder)
-        upkeep = Upkeep(store, sessions, metrics, last_request=lambda: service.last_request_at)
+        service = ControlService(store, sessions, access, metrics, facts, desk)
+        upkeep = Upkeep(store, sessions, metrics, last_request=lambda: desk.last_request_at)
         await storage.start(metrics.promoted)
         await self._populate(segment)
         if self._stop.is_set():
@@ -243,6 +249,7 @@ class Daemon:
     async def _put_away(self, storage: Storage) -> None:
         """The pool stays for the next daemon, unless a person at a terminal has finished and never named a place."""
         forget = self._interrupted and self._settings.pool_dir == POOL_AUTO
+        self._store.settle()
         await storage.stop(0 if self._hurry.is_set() else self._settings.drain_timeout_s, forget=forget)
 
     def _signalled(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""The control plane: protobuf in, store and sessions asked, protobuf out. No decisions are made here."""
+"""The control plane: protobuf in, desk, store and sessions asked, protobuf out. No decisions are made here."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
 from kvd import convert
+from kvd.desk import Desk
 from kvd.metrics import Metrics
 from kvd.peers import DEFAULT_TENANT, Access, Identified, parse_grpc_peer
-from kvd.recorder import Recorder
 from kvd.session import HEARTBEAT_S, Session, Sessions
 from kvd.store import ChunkStore
-from kvd.types import CommitStatus
 from kvd.wire import errors
 from kvd.wire.pb import kvd_pb2 as pb
 from kvd.wire.version import PROTOCOL_MAX, PROTOCOL_MIN, VERSION
@@ -35,7 +34,6 @@ SERVICES = ("kvd.v1.Kvd", "kvd.v1.Admin")
 HELLO_TIMEOUT_S = 5.0
 WRITE_TIMEOUT_S = 5.0
 _TOKEN_KEY = "kvd-session-bin"
-_IN_PLACE = (CommitStatus.STORED, CommitStatus.WAITING_PARENT)
 
 # What the stubs do not know of grpc.aio.
 Context = Any
@@ -56,6 +54,7 @@ class Facts:
     stats: Callable[[], pb.StatsResponse]
     remembered: Callable[[], Awaitable[None]]
 
+
 class ControlService:
     """Both gRPC services, as handlers for a ``grpc.aio`` server. Lives on the event loop."""
 
@@ -66,16 +65,14 @@ class ControlService:
         access: Access,
         metrics: Metrics,
         facts: Facts,
-        recorder: Recorder | None = None,
+        desk: Desk,
     ) -> None:
         self._store = store
         self._sessions = sessions
         self._access = access
         self._metrics = metrics
         self._facts = facts
-        self._recorder = recorder
-        #: When a session last asked for something, by ``time.monotonic``.
-        self.last_request_at = 0.0
+        self._desk = desk
 
     def handlers(self) -> list[grpc.GenericRpcHandler[Any, Any]]:
         """What to add to the server."""
@@ -105,47 +102,37 @@ class ControlService:
     # -- requests of a session
 
     def _open(self, session: Session, request: pb.OpenNamespaceRequest) -> pb.OpenNamespaceResponse:
-        namespace = self._store.open_namespace(session.id, convert.identity(request.identity), request.chunk_bytes)
-        session.namespaces[namespace.id] = namespace
+        namespace = self._desk.open_namespace(session, convert.identity(request.identity), request.chunk_bytes)
         return pb.OpenNamespaceResponse(namespace_id=namespace.id)
 
     def _lookup(self, session: Session, request: pb.LookupRequest) -> pb.LookupResponse:
-        keys = list(request.keys)
-        found = self._store.lookup(
-            session.id, request.namespace_id, request.lease_id, keys, request.skip, request.again
+        found = self._desk.lookup(
+            session, request.namespace_id, request.lease_id, list(request.keys), request.skip, request.again
         )
-        if self._recorder is not None and not request.again:
-            self._recorder.asked(session.id, session.namespaces[request.namespace_id], keys)
-        chunks = [convert.location(location) for location in found.locations]
-        return pb.LookupResponse(chunks=chunks, promoting=found.promoting, writing=found.writing)
+        return convert.lookup_response(found)
 
     def _reserve(self, session: Session, request: pb.ReserveRequest) -> pb.ReserveResponse:
-        if self._sessions.draining:
-            raise errors.Draining("the daemon is stopping")
         items = convert.reserve_items(request.items)
-        results = self._store.reserve(session.id, request.namespace_id, request.lease_id, items)
-        return pb.ReserveResponse(results=[convert.reserve_result(result) for result in results])
+        results = self._desk.reserve(session, request.namespace_id, request.lease_id, items)
+        return convert.reserve_response(results)
 
     def _commit(self, session: Session, request: pb.CommitRequest) -> pb.CommitResponse:
         items = convert.commit_items(request.items)
-        results = self._store.commit(session.id, request.namespace_id, request.lease_id, items)
-        if session.path == "shm":
-            chunks = sum(result in _IN_PLACE for result in results)
-            self._metrics.committed_in_place(chunks * session.namespaces[request.namespace_id].chunk_bytes)
+        results = self._desk.commit(session, request.namespace_id, request.lease_id, items)
         return pb.CommitResponse(
             results=[pb.CommitResult(status=cast(pb.CommitStatus, int(result))) for result in results]
         )
 
     def _abort(self, session: Session, request: pb.AbortRequest) -> pb.AbortResponse:
         keys = list(request.keys)
-        return pb.AbortResponse(aborted=self._store.abort(session.id, request.namespace_id, request.lease_id, keys))
+        return pb.AbortResponse(aborted=self._desk.abort(session, request.namespace_id, request.lease_id, keys))
 
     def _release(self, session: Session, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
-        return pb.ReleaseResponse(released=self._store.release(session.id, list(request.lease_ids)))
+        return pb.ReleaseResponse(released=self._desk.release(session, list(request.lease_ids)))
 
     def _renew(self, session: Session, request: pb.RenewRequest) -> pb.RenewResponse:
         ids = list(request.lease_ids)
-        alive = self._store.renew(session.id, ids)
+        alive = self._desk.renew(session, ids)
         return pb.RenewResponse(
             results=[pb.RenewResult(lease_id=lease, alive=lives) for lease, lives in zip(ids, alive, strict=True)]
         )
@@ -258,8 +245,10 @@ class ControlService:
         """Hears heartbeats until the client ends its side; then the stream ends."""
         try:
             while (raw := await context.read()) is not _EOF:
-                if _parse(pb.ClientNote, raw).WhichOneof("note") == "heartbeat":
+                note = _parse(pb.ClientNote, raw)
+                if note.WhichOneof("note") == "heartbeat":
                     self._sessions.heard(session)
+                    self._desk.missed(note.heartbeat.missed_lookups, note.heartbeat.missed_chunks)
         except errors.InvalidRequest as error:
             log.warning("session %d: %s", session.id, error)
         finally:
@@ -287,29 +276,18 @@ class ControlService:
     def _in_session(self, call: Callable[[Session, Any], Message]) -> Call:
         async def checked(request: Any, context: Context) -> Message:
             session = self._sessions.by_token(_token(context.invocation_metadata()))
-            if session is None:
-                raise errors.SessionUnknown("the session has ended, or is one of an earlier daemon")
-            self.last_request_at = time.monotonic()
-            return call(session, request)
+            return call(self._desk.admit(session), request)
 
         return checked
 
     def _unary(self, method: str, request: type[Message], call: Call) -> grpc.RpcMethodHandler[Any, Any]:
         async def answer(raw: bytes, context: Context) -> Message | None:
-            started = time.perf_counter()
             try:
-                response = await call(_parse(request, raw), context)
+                with self._desk.answering(method):
+                    return await call(_parse(request, raw), context)
             except errors.KvdError as error:
-                failure = error
-            except Exception:
-                log.exception("%s failed", method)
-                failure = errors.KvdError("the daemon has made a mistake; its log says more")
-            else:
-                self._metrics.answered(method, "OK", time.perf_counter() - started)
-                return response
-            self._metrics.answered(method, failure.code.name, time.perf_counter() - started)
-            await _abort(context, failure)
-            return None
+                await _abort(context, error)
+                return None
 
         return grpc.unary_unary_rpc_method_handler(cast(Any, answer), response_serializer=_serialize)
 

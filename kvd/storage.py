@@ -23,6 +23,7 @@ from kvd.ledger.records import Record
 from kvd.ledger.shares import SharedPolicy
 from kvd.ledger.spilling import Habits
 from kvd.memory.pool import open_pool
+from kvd.memory.presence import PresenceTable
 from kvd.memory.slabs import SlabAllocator
 from kvd.recovery import State, StateFiles
 from kvd.spill.codec import Encoder, MissingLibrary
@@ -46,6 +47,8 @@ _CLOSE_S = 5.0
 _SAVE_S = 2.0
 #: How long a start waits for them; what opens later is used from then on.
 _OPEN_S = 2.0
+#: The presence table has room for one key for so much of the pool and the disks: chunks are rarely smaller.
+_BYTES_PER_KEY = 256 << 10
 
 
 class Storage:
@@ -63,6 +66,12 @@ class Storage:
         try:
             self.pool = open_pool(
                 settings.pool_bytes, daemon_id=daemon_id, directory=directory, huge_pages=settings.huge_pages
+            )
+            # A trace has every request in it: while one is recorded, clients ask.
+            self.presence = PresenceTable(
+                (settings.pool_bytes + settings.spill_bytes) // _BYTES_PER_KEY,
+                daemon_id,
+                ask_always=settings.record_trace is not None,
             )
         except OSError as error:
             raise loaded.reject("pool", f"cannot be made: {error.strerror}") from error
@@ -82,6 +91,7 @@ class Storage:
             journal=self.pool.journal,
             disks=disks,
             ttl_s=settings.ttl_s,
+            presence=self.presence,
         )
         paths = [os.path.join(drive.path, STATE_NAME) for drive in self._drives]
         if self.pool.directory is not None:
@@ -120,6 +130,7 @@ class Storage:
 
     async def stop(self, timeout_s: float, *, forget: bool) -> None:
         """Writes what is to be written and ends; ``forget`` removes a pool that nobody has asked for by name."""
+        self.presence.close()
         if self._saver is not None:
             self._saver.cancel()
         if self._tiering is not None:

@@ -28,6 +28,7 @@ from kvd.ledger.terms import (
     Limits,
     NamespaceFigures,
     PoolFigures,
+    Presence,
     ReadableGenerations,
     SessionFigures,
     SlotJournal,
@@ -36,6 +37,7 @@ from kvd.ledger.terms import (
 )
 from kvd.ledger.tiers import Disks, Tiers
 from kvd.ledger.transfers import Transfers
+from kvd.ledger.uses import Uses
 from kvd.ledger.writing import Writing
 from kvd.types import ROOT, CommitStatus, LeaseId, LookupResult, Namespace, Pin, ReserveResult, SessionId, Stripe
 from kvd.wire.errors import InvalidRequest, LimitReached, NamespaceUnknown
@@ -61,6 +63,8 @@ __all__ = [
 
 #: Most stripes in one item of Commit; an engine sends one per rank.
 MAX_STRIPES = 4096
+#: Most lookups that a client says at a time to have known to be misses: a million in the two seconds of a heartbeat.
+MAX_MISSED_LOOKUPS = 1 << 20
 
 
 def _nobody(saved: object) -> None:
@@ -86,23 +90,19 @@ class ChunkStore:
         journal: SlotJournal | None = None,
         disks: Disks | None = None,
         ttl_s: float = 0.0,
+        presence: Presence | None = None,
     ) -> None:
         """``first_generation``: all generations are higher. A daemon that begins elsewhere than the one before it gives
         no slot a generation that an earlier life gave. ``journal``: of a pool that outlives the daemon.
-        ``ttl_s``: what was not used for so long is not found any more, and goes; 0 = never."""
+        ``ttl_s``: what was not used for so long is not found any more, and goes; 0 = never. ``presence``: of a store
+        whose clients look before they ask."""
         self.counters = Counters()
         self._limits = limits
         self._clock = clock
         records = None if disks is None else Records(disks.extents, disks.policy)
-        self._books = Books(
-            allocator,
-            generations,
-            LeafLru() if policy is None else policy,
-            self.counters,
-            first_generation,
-            journal,
-            records,
-        )
+        if policy is None:
+            policy = LeafLru()
+        self._books = Books(allocator, generations, policy, self.counters, first_generation, journal, records, presence)
         for tree in (self._books, records):
             if tree is not None:
                 tree.expiry = Expiry(ttl_s)
@@ -114,6 +114,7 @@ class ChunkStore:
         self.tiers = Tiers(
             self._books, disks, sealing=journal is not None, clock=clock, quarantine_s=limits.quarantine_s
         )
+        self._uses = Uses(self._books, offering=self.tiers.keeps)
         self._reads = ReadLeases(limits.read_lease_s)
         self._transfers = Transfers(self._books)
         max_writing_bytes = int(allocator.total_bytes * limits.max_writing_share)
@@ -165,7 +166,7 @@ class ChunkStore:
         """Match the longest READY prefix of ``keys`` and lease it from its chunk ``skip`` on.
 
         What follows it on a disk sets out for the pool. ``again``: for the same request as before, which only waits
-        for that; it is not counted as another use.
+        for that; it is not counted as another use. A use has its place and time now, and is put in by ``catch_up``.
         """
         book, space = self._sessions.get_open(session, namespace_id)
         self._check_keys(keys)
@@ -177,19 +178,16 @@ class ChunkStore:
         found = space.ready_prefix(keys)
         while found and books.expired(found[-1]):
             found.pop()
-        leased = found[skip:]
+        leased = found[skip:] if skip else found
         if book.leased_chunks + len(leased) > self._limits.max_leased_chunks_per_session:
             raise LimitReached(f"the session has {book.leased_chunks} chunks leased: release some")
         if not again:
-            for chunk in found:
-                books.touch(chunk)
-                if tiers.keeps and chunk.record is None:
-                    books.on_ready(chunk)
+            if found:
+                self._uses.add(found)
             space.touched = books.last_stamp
         if leased:
             self._reads.make(lease_id, book, leased, now)
-            for chunk in leased:
-                books.hold(chunk)
+            books.hold(leased[-1])
             if tiers.promoting.keeps:
                 for chunk in leased:
                     tiers.promoting.leased(chunk)
@@ -335,6 +333,21 @@ class ChunkStore:
 
     # ------------------------------------------------------------ keeping house
 
+    def catch_up(self, most: int) -> bool:
+        """Put the oldest uses that wait into the books, at most so many; whether no others wait.
+
+        What depends on them does it by itself. A daemon that is killed has lost those that waited.
+        """
+        return self._uses.catch_up(most)
+
+    def settle(self) -> None:
+        """Put all uses that wait into the books: before the daemon ends, and what outlives it is closed."""
+        self._books.settle()
+
+    def on_behind(self, called: Callable[[], None]) -> None:
+        """``called`` whenever uses wait and none did before; not called again while they do."""
+        self._uses.on_behind = called
+
     def tick(self) -> None:
         """End what ends by time: read leases, quarantines. Every request does as much; this is for when none comes.
 
@@ -409,8 +422,7 @@ class ChunkStore:
 
     def _end_read(self, lease: ReadLease) -> None:
         self._reads.end(lease)
-        for chunk in lease.chunks:
-            self._books.unhold(chunk)
+        self._books.unhold(lease.chunks[-1])
 
     def _advance(self) -> float:
         """End what has ended by now, so that no request sees it alive; the time that the request is judged by."""
@@ -422,3 +434,12 @@ class ChunkStore:
         self._books.advance(now)
         self.tiers.tick(now)
         return now
+
+    def missed(self, lookups: int, chunks: int) -> None:
+        """A client has known so many lookups, of so many chunks, to be misses and has not asked. What no client can
+        have known since its last report is not believed."""
+        lookups = min(lookups, MAX_MISSED_LOOKUPS)
+        chunks = min(chunks, lookups * self._limits.max_chunks_per_request)
+        self.counters.lookups += lookups
+        self.counters.asked_chunks += chunks
+        self.counters.miss_chunks += chunks

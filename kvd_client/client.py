@@ -165,6 +165,9 @@ class Client:
         each question meanwhile. Who waits by other means asks ``again`` (it is not another use of the chunks), and
         releases the former lease after that: what it holds may be evicted otherwise.
 
+        On the daemon's node a miss takes microseconds and no call: the presence table shows it, and the daemon hears of
+        it later. Then ``writing`` of the lease is 0, whatever is being written.
+
         Keys beyond the daemon's bound are not asked for: the answer is the longest prefix up to there. Raises
         Unavailable (at once when the breaker is open), DeadlineExceeded, InvalidRequest, LimitReached.
         """
@@ -185,6 +188,11 @@ class Client:
         if skip >= len(keys):
             return ReadLease(session, self.timeout_s, 0, Found([], 0, 0))
         namespace_id = session.namespace_id(namespace, deadline)
+        presence = session.presence
+        if presence is not None and presence.may_hold(namespace_id, keys) <= skip:
+            if not again:
+                session.note_miss(len(keys) - skip)
+            return ReadLease(session, self.timeout_s, 0, Found([], 0, 0))
         lease_id = next(self._lease_ids)
         found = session.lookup(namespace_id, lease_id, keys, skip, deadline, again=again)
         return ReadLease(session, self.timeout_s, lease_id, found)

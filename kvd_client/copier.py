@@ -25,7 +25,7 @@ class Form(Enum):
 
     #: A whole chunk slot (``chunk_bytes``); the stripe's bytes go to, or come from, its spans.
     SLOT = "slot"
-    #: The stripe's bytes alone, span after span: the payload of the TCP path.
+    #: The stripe's bytes alone, or those of some layers of it, span after span: the payload of the TCP path.
     PACKED = "packed"
 
 
@@ -65,8 +65,13 @@ class Copier(Protocol):
     stripe: Stripe
     store_spans: list[Span]
     store_bytes: int
-    load_spans: list[Span]
     load_bytes: int
+    #: How many layers a load fills: all of this rank's.
+    load_layers: int
+
+    def load_spans(self, layers: range) -> list[Span]:
+        """What a load of these layers, counted from this rank's first, reads of a chunk."""
+        ...
 
     def room(self) -> int:
         """How many chunks ``start_store`` would take now."""
@@ -91,10 +96,13 @@ class Copier(Protocol):
         form: Form,
         deadline: float,
         after: Mark | None = None,
+        layers: range | None = None,
     ) -> bool:
         """Called on a transfer thread. Copies in prefix order, in bounded pieces; True when all bytes are in the
         pages. False: the deadline (``time.monotonic`` seconds) passed. Whatever it answers or raises, nothing
-        started is still under way afterwards."""
+        started is still under way afterwards.
+
+        ``layers``: only these, counted from this rank's first; packed sources then hold ``load_spans(layers)``."""
         ...
 
     def register(self, memory: memoryview) -> None:

@@ -90,9 +90,10 @@ class CupyCopier(RankPages):
             self._store_stream, self._load_stream = self._device.stream(), self._device.stream()
             # The memory may have been the engine's a moment ago; its last use must be over before other streams write.
             self._device.engine_stream().synchronize()
-            largest = max(self._load_side.layer_bytes)
-            rows = max(1, piece_bytes // self.load_bytes)
-            self._lanes = [_Lane(self._device.memory(max(piece_bytes, largest)), self._new_ids(rows)) for _ in range(2)]
+            layer_bytes = self._load_side.layer_bytes
+            # A piece of a load by layers may be one layer of many chunks.
+            rows, size = max(1, piece_bytes // min(layer_bytes)), max(piece_bytes, *layer_bytes)
+            self._lanes = [_Lane(self._device.memory(size), self._new_ids(rows)) for _ in range(2)]
 
     def room(self) -> int:
         """Free slots of the staging ring."""
@@ -135,9 +136,11 @@ class CupyCopier(RankPages):
         form: Form,
         deadline: float,
         after: Mark | None = None,
+        layers: range | None = None,
     ) -> bool:
         """Copies in prefix order; see ``Copier``. One load at a time, others wait for it up to their deadline."""
-        self.check_load(chunks, sources, form)
+        wanted = layers if layers is not None else range(self.load_layers)
+        self.check_load(chunks, sources, form, wanted)
         if not self._load_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             return False
         try:
@@ -145,7 +148,7 @@ class CupyCopier(RankPages):
                 if after is not None and not _passed(after, deadline):
                     return False
                 try:
-                    return self._load_pieces(chunks, sources, form, deadline)
+                    return self._load_pieces(chunks, sources, form, deadline, wanted)
                 finally:
                     self._load_stream.synchronize()
         finally:
@@ -204,10 +207,15 @@ class CupyCopier(RankPages):
         self._device.launch(kernels.kernel_name(direction, side.width), blocks, args, stream)
 
     def _load_pieces(
-        self, chunks: Sequence[Sequence[int]], sources: Sequence[memoryview], form: Form, deadline: float
+        self,
+        chunks: Sequence[Sequence[int]],
+        sources: Sequence[memoryview],
+        form: Form,
+        deadline: float,
+        layers: range,
     ) -> bool:
         side, stream = self._load_side, self._load_stream
-        for number, piece in enumerate(pieces(side.layer_bytes, len(chunks), self._piece_bytes)):
+        for number, piece in enumerate(pieces(side.layer_bytes, len(chunks), self._piece_bytes, layers)):
             lane = self._lanes[number % len(self._lanes)]
             if lane.event is not None:
                 lane.event.synchronize()
@@ -218,7 +226,9 @@ class CupyCopier(RankPages):
             per_chunk = side.packed[piece.layer_end] - side.packed[piece.layer_begin]
             for index, chunk in enumerate(members):
                 staging = lane.staging.data_ptr() + index * per_chunk
-                self._dma.start(side, piece, sources[chunk], form, staging, stream, to_host=False)
+                self._dma.start(
+                    side, piece, sources[chunk], form, staging, stream, to_host=False, first_layer=layers.start
+                )
             ring = (lane.staging.data_ptr(), per_chunk, 0, len(members))
             self._launch("scatter", side, piece, lane.ids, ring, stream)
             lane.event = self._device.record(stream)

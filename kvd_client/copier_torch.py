@@ -50,6 +50,8 @@ class _Stored:
 class _Stack(NamedTuple):
     """Layers with equal geometry at equal distances in one storage."""
 
+    #: Counted from the stripe's first.
+    first_layer: int
     #: ``[layers, blocks, heads, sub_blocks, tokens, token_bytes]``, bytes.
     pages: _Bytes
     #: Where the first layer's pages lie, and how far apart layers are, in either form.
@@ -72,9 +74,9 @@ class TorchCopier(RankPages):
     def start_store(self, chunks: Sequence[Sequence[int]], targets: Sequence[memoryview], form: Form) -> Pending | None:
         """Copies at once; the returned store is done. Raises LayoutError as documented by ``Copier``."""
         self.check_store(chunks, targets, form)
-        if self._store_stacks:
-            for blocks, target in zip(chunks, targets, strict=True):
-                self._copy(self._store_stacks, blocks, target, form, store=True)
+        for blocks, target in zip(chunks, targets, strict=True):
+            for stack in self._store_stacks:
+                _copy(stack, blocks, target, form, store=True)
         return _Stored()
 
     def mark(self) -> Mark | None:
@@ -88,13 +90,18 @@ class TorchCopier(RankPages):
         form: Form,
         deadline: float,
         after: Mark | None = None,
+        layers: range | None = None,
     ) -> bool:
         """Copies chunk by chunk until all are in the pages (True) or the deadline has passed (False)."""
-        self.check_load(chunks, sources, form)
+        wanted = layers if layers is not None else range(self.load_layers)
+        self.check_load(chunks, sources, form, wanted)
+        packed_bytes = self._load_offsets[wanted.start] if form is Form.PACKED else 0
+        stacks = [part for stack in self._load_stacks if (part := _part(stack, wanted, packed_bytes)) is not None]
         for blocks, source in zip(chunks, sources, strict=True):
             if time.monotonic() > deadline:
                 return False
-            self._copy(self._load_stacks, blocks, source, form, store=False)
+            for stack in stacks:
+                _copy(stack, blocks, source, form, store=False)
         return True
 
     def register(self, memory: memoryview) -> None:
@@ -106,28 +113,6 @@ class TorchCopier(RankPages):
     def close(self) -> None:
         """Lets go of the caches."""
         self._store_stacks, self._load_stacks, self.caches = [], [], []
-
-    def _copy(
-        self, stacks: list[_Stack], blocks: Sequence[int], memory: memoryview, form: Form, *, store: bool
-    ) -> None:
-        flat = np.frombuffer(window(address_of(memory), memory.nbytes), dtype=np.uint8)
-        runs = consecutive(blocks)
-        for stack in stacks:
-            layers, _, heads, sub_blocks, tokens, token_bytes = stack.pages.shape
-            place, layer_stride = stack.places[form]
-            page = sub_blocks * tokens * token_bytes
-            chunk = as_strided(
-                flat[place.offset :],
-                (layers, len(blocks), heads, sub_blocks, tokens, token_bytes),
-                (layer_stride, place.block_stride, page, tokens * token_bytes, token_bytes, 1),
-            )
-            for run in runs:
-                pages = stack.pages[:, run.block : run.block + run.length]
-                part = chunk[:, run.position : run.position + run.length]
-                if store:
-                    np.copyto(part, pages)
-                else:
-                    np.copyto(pages, part)
 
     def _stacks(self, stripe: Stripe) -> list[_Stack]:
         """The layers of ``stripe`` in as few stacks as their memory allows."""
@@ -145,9 +130,41 @@ class TorchCopier(RankPages):
                 form: (of[begin], of[begin + 1].offset - of[begin].offset if end > begin + 1 else 0)
                 for form, of in ((Form.SLOT, slot), (Form.PACKED, packed))
             }
-            stacks.append(_Stack(_stack_view(caches[begin], geometries[begin:end]), places))
+            stacks.append(_Stack(begin, _stack_view(caches[begin], geometries[begin:end]), places))
             begin = end
         return stacks
+
+
+def _part(stack: _Stack, layers: range, skipped_bytes: int) -> _Stack | None:
+    """The layers of ``stack`` that are among ``layers``, their places ``skipped_bytes`` further to the front."""
+    begin, end = max(layers.start - stack.first_layer, 0), min(layers.stop - stack.first_layer, len(stack.pages))
+    if begin >= end:
+        return None
+    places = {
+        form: (place._replace(offset=place.offset + begin * stride - skipped_bytes), stride)
+        for form, (place, stride) in stack.places.items()
+    }
+    return _Stack(stack.first_layer + begin, stack.pages[begin:end], places)
+
+
+def _copy(stack: _Stack, blocks: Sequence[int], memory: memoryview, form: Form, *, store: bool) -> None:
+    """Copies the stack's pages of one chunk to or from its memory."""
+    flat = np.frombuffer(window(address_of(memory), memory.nbytes), dtype=np.uint8)
+    layers, _, heads, sub_blocks, tokens, token_bytes = stack.pages.shape
+    place, layer_stride = stack.places[form]
+    page = sub_blocks * tokens * token_bytes
+    chunk = as_strided(
+        flat[place.offset :],
+        (layers, len(blocks), heads, sub_blocks, tokens, token_bytes),
+        (layer_stride, place.block_stride, page, tokens * token_bytes, token_bytes, 1),
+    )
+    for run in consecutive(blocks):
+        pages = stack.pages[:, run.block : run.block + run.length]
+        part = chunk[:, run.position : run.position + run.length]
+        if store:
+            np.copyto(part, pages)
+        else:
+            np.copyto(pages, part)
 
 
 def _stackable(caches: Sequence[torch.Tensor], layers: Sequence[PageGeometry]) -> bool:

@@ -40,11 +40,21 @@ class HostDma:
         self._layout, self._device, self._pinning = layout, device, pinning
 
     def start(
-        self, side: Side, piece: Piece, memory: memoryview, form: Form, staging: int, stream: Stream, *, to_host: bool
+        self,
+        side: Side,
+        piece: Piece,
+        memory: memoryview,
+        form: Form,
+        staging: int,
+        stream: Stream,
+        *,
+        to_host: bool,
+        first_layer: int = 0,
     ) -> None:
-        """Starts the copies of one chunk's layers of ``piece`` between its memory and packed bytes at ``staging``."""
+        """Starts the copies of one chunk's layers of ``piece`` between its memory and packed bytes at ``staging``.
+        Packed memory begins with ``first_layer`` of the stripe."""
         address = address_of(memory)
-        for span in self._spans(side, piece, form):
+        for span in self._spans(side, piece, form, first_layer):
             edges = [edge - address for edge in self._pinning.edges(address + span.offset, span.end - span.offset)]
             for part in cut(span, edges):
                 host = address + part.offset
@@ -57,11 +67,11 @@ class HostDma:
                     self._device.copy_rows(staging, part.run, host, part.stride, part.run, part.count, stream)
                 staging += part.size
 
-    def _spans(self, side: Side, piece: Piece, form: Form) -> list[Span]:
+    def _spans(self, side: Side, piece: Piece, form: Form, first_layer: int) -> list[Span]:
         """Where the layers of ``piece`` lie in one chunk's memory."""
         if form is Form.SLOT:
             first = side.stripe.layer_begin
             layers = {"layer_begin": first + piece.layer_begin, "layer_end": first + piece.layer_end}
             return self._layout.spans(side.stripe._replace(**layers))
         begin, end = side.packed[piece.layer_begin], side.packed[piece.layer_end]
-        return [Span(begin, end - begin, end - begin, 1)]
+        return [Span(begin - side.packed[first_layer], end - begin, end - begin, 1)]

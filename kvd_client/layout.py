@@ -239,8 +239,8 @@ def packed_places(layout: ChunkLayout, stripe: Stripe) -> list[Place]:
 
 
 class Piece(NamedTuple):
-    """Part of a transfer of several chunks: some whole chunks, or some layers of one. Ends exclusive; layers count from
-    the first of the stripe."""
+    """Part of a transfer of several chunks: all its layers of some chunks, or some layers of one. Ends exclusive;
+    layers count from the first of the stripe."""
 
     chunk_begin: int
     chunk_end: int
@@ -248,25 +248,42 @@ class Piece(NamedTuple):
     layer_end: int
 
 
-def pieces(layer_bytes: Sequence[int], chunks: int, piece_bytes: int) -> Iterator[Piece]:
-    """Cuts ``chunks`` chunks into pieces of at most ``piece_bytes`` (but at least one layer), in prefix order.
+def pieces(layer_bytes: Sequence[int], chunks: int, piece_bytes: int, layers: range | None = None) -> Iterator[Piece]:
+    """Cuts ``layers`` (None: all) of ``chunks`` chunks into pieces of at most ``piece_bytes`` (but at least one layer),
+    in prefix order.
 
     ``layer_bytes`` are the stripe's bytes per layer in one chunk.
     """
-    layers, per_chunk = len(layer_bytes), sum(layer_bytes)
+    layers = layers if layers is not None else range(len(layer_bytes))
+    per_chunk = sum(layer_bytes[layers.start : layers.stop])
     if per_chunk <= piece_bytes:
         step = max(1, piece_bytes // max(1, per_chunk))
         for chunk in range(0, chunks, step):
-            yield Piece(chunk, min(chunk + step, chunks), 0, layers)
+            yield Piece(chunk, min(chunk + step, chunks), layers.start, layers.stop)
         return
     for chunk in range(chunks):
-        begin, size = 0, 0
-        for layer, extra in enumerate(layer_bytes):
+        begin, size = layers.start, 0
+        for layer in layers:
+            extra = layer_bytes[layer]
             if layer > begin and size + extra > piece_bytes:
                 yield Piece(chunk, chunk + 1, begin, layer)
                 begin, size = layer, 0
             size += extra
-        yield Piece(chunk, chunk + 1, begin, layers)
+        yield Piece(chunk, chunk + 1, begin, layers.stop)
+
+
+#: A load by layers is cut into so many bands at most: the first is there after that part of the time, and what the
+#: engine computes while the others come is hidden but for that part of it. More only makes the single copies smaller.
+MAX_BANDS = 16
+#: A band has so many bytes at least: below that, beginning and ending it takes longer than the copy.
+MIN_BAND_BYTES = 4 << 20
+
+
+def bands(layers: int, total_bytes: int) -> list[range]:
+    """The layers of a load of ``total_bytes`` as bands, first to last, for a load whose reader begins with the first
+    layer before the last has come."""
+    count = max(1, min(layers, MAX_BANDS, total_bytes // MIN_BAND_BYTES))
+    return [range(i * layers // count, (i + 1) * layers // count) for i in range(count)]
 
 
 class Run(NamedTuple):

@@ -39,7 +39,7 @@ class ReadLease:
         #: Further chunks on their way into memory, from a disk or because a restarted daemon checks them first: ask
         #: again soon.
         self.promoting = found.promoting
-        #: Further chunks that are being written now.
+        #: Further chunks that are being written now, as far as the daemon was asked.
         self.writing = found.writing
 
     def __len__(self) -> int:

@@ -48,12 +48,17 @@ class Lifeline:
         daemon_id: int,
         ticket: bytes,
         segments: list[Descriptors],
+        channel: socket.socket,
+        presence: tuple[int, int] | None = None,
         holder: int | None = None,
     ) -> None:
+        """``presence``: descriptor and bytes of the presence table."""
         self.socket = connection
         self.daemon_id = daemon_id
         self.ticket = ticket
         self.segments = segments
+        self.presence = presence
+        self._channel: socket.socket | None = channel
         self._holder = holder
 
     @classmethod
@@ -66,13 +71,28 @@ class Lifeline:
         """A further lifeline of the session with this token."""
         return cls._connect(path, wire.Kind.ATTACH, token, timeout_s)
 
+    def take_channel(self) -> socket.socket:
+        """The call channel, the caller's from now on; once."""
+        assert self._channel is not None, "it was taken or dropped"
+        channel, self._channel = self._channel, None
+        return channel
+
+    def take_presence(self) -> tuple[int, int] | None:
+        """Descriptor and bytes of the presence table, the caller's from now on, if one came."""
+        presence, self.presence = self.presence, None
+        return presence
+
     def take_holder(self) -> int | None:
         """The holder's descriptor, the caller's from now on, if one came: to be kept as long as the socket."""
         holder, self._holder = self._holder, None
         return holder
 
     def drop_descriptors(self) -> None:
-        """Closes the received descriptors; mappings made of them stay."""
+        """Closes the received descriptors that nobody has taken; mappings made of them stay."""
+        if self._channel is not None:
+            self.take_channel().close()
+        if (presence := self.take_presence()) is not None:
+            os.close(presence[0])
         if (holder := self.take_holder()) is not None:
             os.close(holder)
         while self.segments:
@@ -136,24 +156,28 @@ def ended(connection: socket.socket) -> bool:
 def _welcomed(
     cls: type[Lifeline], connection: socket.socket, message: bytes, descriptors: list[int], truncated: bool
 ) -> Lifeline:
+    """The lifeline that a WELCOME makes; when this raises, the descriptors are still the caller's."""
     if not message:
         raise Unavailable("the daemon closed the lifeline without an answer")
-    if len(message) < wire.WELCOME.size:
+    if len(message) < wire.PREFIX.size:
         raise ProtocolMismatch("the lifeline's answer is too short")
-    magic, version, status, daemon_id, ticket, count, holders = wire.WELCOME.unpack_from(message)
+    magic, version, status = wire.PREFIX.unpack_from(message)
     if magic != wire.MAGIC:
         raise ProtocolMismatch("this is not the lifeline of a kvd daemon")
-    if status != wire.Status.OK:
-        raise _REFUSALS.get(status, Unavailable)(f"the daemon refuses the lifeline (status {status})")
     if version != wire.VERSION:
         raise ProtocolMismatch(f"the lifeline speaks version {version}, this client {wire.VERSION}")
+    if status != wire.Status.OK:
+        raise _REFUSALS.get(status, Unavailable)(f"the daemon refuses the lifeline (status {status})")
+    if len(message) < wire.WELCOME.size:
+        raise ProtocolMismatch("the lifeline's answer is too short")
+    *_, daemon_id, ticket, count, holders, presence_bytes = wire.WELCOME.unpack_from(message)
     if len(message) < wire.WELCOME.size + count * wire.SEGMENT.size:
         raise ProtocolMismatch("the lifeline's answer names more segments than it describes")
-    if truncated or len(descriptors) != 2 * count + holders:
-        expected = 2 * count + holders
-        raise Unavailable(f"{len(descriptors)} descriptors of {expected} arrived: too many open files?")
     if holders > 1:
         raise ProtocolMismatch(f"the lifeline's answer brings {holders} holders")
+    expected = 2 * count + 1 + bool(presence_bytes) + holders
+    if truncated or len(descriptors) != expected:
+        raise Unavailable(f"{len(descriptors)} descriptors of {expected} arrived: too many open files?")
     segments = [
         Descriptors(
             wire.SegmentInfo(*wire.SEGMENT.unpack_from(message, wire.WELCOME.size + i * wire.SEGMENT.size)),
@@ -162,4 +186,8 @@ def _welcomed(
         )
         for i in range(count)
     ]
-    return cls(connection, daemon_id, ticket, segments, descriptors[-1] if holders else None)
+    at = 2 * count
+    presence = (descriptors[at + 1], presence_bytes) if presence_bytes else None
+    holder = descriptors[-1] if holders else None
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, descriptors[at])
+    return cls(connection, daemon_id, ticket, segments, channel, presence, holder)

@@ -8,6 +8,7 @@ which releases the GIL: unmapping a large pool takes long.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -37,6 +38,8 @@ _libc.mmap.argtypes = [
     ctypes.c_longlong,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MADV_POPULATE_READ = 22  # on shared memory what is mapped to be read can be written as well
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _Key = tuple[int, int, int, int]  # device, inode, length, protection
@@ -70,6 +73,23 @@ class Mapping:
         array = pool_bytes.from_address(self.address)
         array.kept = (on_behalf_of, self)
         return memoryview(array).cast("B")
+
+    def filled(self, start: int) -> tuple[int, int] | None:
+        """Begin and end of what the file has memory for next, from byte ``start`` on; None: nothing. Raises OSError."""
+        try:
+            begin = os.lseek(self._descriptor, start, os.SEEK_DATA)
+            end = min(os.lseek(self._descriptor, begin, os.SEEK_HOLE), self.length)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            raise
+        return (begin, end) if begin < end else None
+
+    def fault_in(self, start: int, length: int) -> None:
+        """Fills this process's page tables for ``length`` bytes from ``start`` on. Raises OSError."""
+        if _libc.madvise(self.address + start, length, _MADV_POPULATE_READ) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
 
 def map_file(descriptor: int, length: int, protection: int) -> Mapping:

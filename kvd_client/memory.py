@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvd.wire.chunks import Stripe
+from kvd.wire.spans import Span
 from kvd_client.copier import Form
 from kvd_client.layout import ChunkLayout, LayoutError, PageGeometry, Shard
 
@@ -60,8 +61,9 @@ class RankPages:
         self.chunk_bytes = layout.chunk_bytes
         self.store_spans = layout.spans(self.stripe)
         self.store_bytes = layout.stripe_bytes(self.stripe)
-        self.load_spans = layout.spans(self.load_stripe)
         self.load_bytes = layout.stripe_bytes(self.load_stripe)
+        self.load_layers = len(self.caches)
+        self._load_offsets = layout.packed_offsets(self.load_stripe)
         self._blocks = min(g.blocks for g in self.geometries)
 
     def local_layers(self, stripe: Stripe) -> slice:
@@ -69,15 +71,28 @@ class RankPages:
         first = self.load_stripe.layer_begin
         return slice(stripe.layer_begin - first, stripe.layer_end - first)
 
+    def load_spans(self, layers: range) -> list[Span]:
+        """See ``Copier``."""
+        first = self.load_stripe.layer_begin
+        return self.layout.spans(
+            self.load_stripe._replace(layer_begin=first + layers.start, layer_end=first + layers.stop)
+        )
+
     def check_store(self, chunks: Sequence[Sequence[int]], targets: Sequence[memoryview], form: Form) -> None:
         """Raises LayoutError unless every chunk has valid block ids and a large enough, writable target."""
         self._check(chunks, targets, self.store_bytes if form is Form.PACKED else self.chunk_bytes)
         if any(target.readonly for target in targets):
             raise LayoutError("targets of a store must be writable")
 
-    def check_load(self, chunks: Sequence[Sequence[int]], sources: Sequence[memoryview], form: Form) -> None:
-        """Raises LayoutError unless every chunk has valid block ids and a large enough source."""
-        self._check(chunks, sources, self.load_bytes if form is Form.PACKED else self.chunk_bytes)
+    def check_load(
+        self, chunks: Sequence[Sequence[int]], sources: Sequence[memoryview], form: Form, layers: range
+    ) -> None:
+        """Raises LayoutError unless every chunk has valid block ids and a large enough source, and there are such
+        layers."""
+        if layers.step != 1 or not 0 <= layers.start < layers.stop <= self.load_layers:
+            raise LayoutError(f"{layers} are not layers of {self.load_layers}")
+        packed_bytes = self._load_offsets[layers.stop] - self._load_offsets[layers.start]
+        self._check(chunks, sources, packed_bytes if form is Form.PACKED else self.chunk_bytes)
 
     def _check(self, chunks: Sequence[Sequence[int]], memory: Sequence[memoryview], need_bytes: int) -> None:
         if len(chunks) != len(memory):

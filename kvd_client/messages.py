@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence, Sized
 from typing import NamedTuple
 
 from kvd.wire.chunks import CommitStatus, Location, ReserveResult, ReserveStatus
@@ -11,7 +12,7 @@ from kvd.wire.identity import Identity
 from kvd.wire.pb import kvd_pb2 as pb
 from kvd_client.path import Kind
 
-_RESERVE_STATUSES = {int(status): status for status in ReserveStatus}
+_REFUSED = {int(status): ReserveResult(status) for status in ReserveStatus if status is not ReserveStatus.GRANTED}
 _COMMIT_STATUSES = {int(status): status for status in CommitStatus}
 
 
@@ -54,30 +55,46 @@ class SessionInfo(NamedTuple):
     max_chunk_bytes: int
 
 
-def location(message: pb.Location) -> Location:
-    """A slot's place."""
-    return Location(message.segment, message.offset, message.generation)
-
-
 def found(message: pb.LookupResponse) -> Found:
-    """The answer to a Lookup."""
-    return Found([location(chunk) for chunk in message.chunks], message.promoting, message.writing)
+    """The answer to a Lookup. Raises ProtocolMismatch."""
+    return Found(locations(message), message.promoting, message.writing)
 
 
-def reserved(message: pb.ReserveResult) -> ReserveResult:
-    """One outcome of a Reserve. What a later daemon says and this client does not know is no grant: NO_ROOM."""
-    status = _RESERVE_STATUSES.get(int(message.status), ReserveStatus.NO_ROOM)
-    if status is not ReserveStatus.GRANTED:
-        return ReserveResult(status)
-    return ReserveResult(status, location(message.location))
+def locations(message: pb.LookupResponse | pb.ReserveResponse) -> list[Location]:
+    """The slots that an answer names in columns. Raises ProtocolMismatch when these are not equally long."""
+    segments = message.segments or itertools.repeat(0, len(message.offsets))
+    try:
+        return list(map(Location._make, zip(segments, message.offsets, message.generations, strict=True)))
+    except ValueError:
+        raise ProtocolMismatch("the daemon names slots in columns of different lengths") from None
 
 
-def committed(message: pb.CommitResult) -> CommitStatus:
-    """One outcome of a Commit. What this client does not know is FAILED."""
-    return _COMMIT_STATUSES.get(int(message.status), CommitStatus.FAILED)
+def reserved(statuses: Iterable[int], granted: Sequence[Location]) -> list[ReserveResult]:
+    """The outcomes of a Reserve. What a later daemon says and this client does not know is no grant: NO_ROOM.
+
+    Raises ProtocolMismatch when there are more or fewer slots in ``granted`` than were granted.
+    """
+    slots = iter(granted)
+    try:
+        results = [
+            ReserveResult(ReserveStatus.GRANTED, next(slots))
+            if status == ReserveStatus.GRANTED
+            else _REFUSED.get(status, _REFUSED[ReserveStatus.NO_ROOM])
+            for status in statuses
+        ]
+    except StopIteration:
+        raise ProtocolMismatch("the daemon has granted more than it names slots for") from None
+    if next(slots, None) is not None:
+        raise ProtocolMismatch("the daemon names more slots than it has granted")
+    return results
 
 
-def same_count(results: Sequence[object], items: Sequence[object]) -> None:
+def committed(statuses: Iterable[int]) -> list[CommitStatus]:
+    """The outcomes of a Commit. What this client does not know is FAILED."""
+    return [_COMMIT_STATUSES.get(status, CommitStatus.FAILED) for status in statuses]
+
+
+def same_count(results: Sized, items: Sized) -> None:
     """Raises ProtocolMismatch unless the daemon has answered every item."""
     if len(results) != len(items):
         raise ProtocolMismatch(f"the daemon answers {len(results)} items of {len(items)}")

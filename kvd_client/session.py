@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -17,18 +17,21 @@ from kvd.wire.errors import DeadlineExceeded, KvdError, ProtocolMismatch, Sessio
 from kvd.wire.identity import NAMESPACE_ID_BYTES
 from kvd.wire.lifeline import socket_path
 from kvd.wire.pb import kvd_pb2 as pb
-from kvd.wire.pb import kvd_pb2_grpc
 from kvd.wire.version import PROTOCOL_MAX, PROTOCOL_MIN, VERSION
 from kvd_client.breaker import Breaker
-from kvd_client.debts import Debts
+from kvd_client.calls import Calls, GrpcCalls
+from kvd_client.channel import CallChannel, FrameCalls
+from kvd_client.debts import Abort, Debts
 from kvd_client.lifeline import Lifeline
-from kvd_client.messages import Found, NamespaceHandle, SessionInfo, committed, found, reserved, same_count, short
+from kvd_client.messages import Found, NamespaceHandle, SessionInfo, short
 from kvd_client.path import Attachment, DataPath, Kind, open_path
+from kvd_client.presence import PresenceView
 from kvd_client.shm import ShmPath
 
 log = logging.getLogger(__name__)
 
-TOKEN_METADATA = "kvd-session-bin"
+T = TypeVar("T")
+
 #: Answers stay small: payload never travels here.
 MAX_MESSAGE_BYTES = 16 << 20
 #: How long the keeper's own calls wait.
@@ -38,6 +41,9 @@ _RELEASE_BATCH = 1024
 
 _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
+    # A call that gRPC itself tries again, because the daemon was about to stop, and that cannot connect then, has its
+    # status and never ends (grpcio 1.85): who waits for its answer waits for ever. The keeper tries again anyway.
+    ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),  # a failure of an earlier channel must not delay this one
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 ]
@@ -70,10 +76,13 @@ class Session:
         self._heartbeat_s = 1.0  # until Welcome says
         self._debts = Debts()
         self._namespaces: dict[tuple[bytes, int], bytes] = {}
+        #: Tells what the daemon may hold without a call; None where there is no way to see that.
+        self.presence: PresenceView | None = None
         self._path: DataPath | None = None
         self._path_lock = threading.Lock()
         self._lifeline: Lifeline | None = None
-        self._channel: grpc.Channel | None = None
+        self._channel: CallChannel | None = None
+        self._grpc: GrpcCalls | None = None
 
     # -- life
 
@@ -84,13 +93,14 @@ class Session:
         if isinstance(self._endpoint, UnixEndpoint):
             lifeline = Lifeline.open(socket_path(self._endpoint.path), deadline - time.monotonic())
             ticket, daemon_id = lifeline.ticket, lifeline.daemon_id
+            self._channel = CallChannel(lifeline.take_channel(), self._debts.take_misses)
+            self.presence = _presence_of(lifeline)
             if self._kind == "shm":
                 self._path = ShmPath(lifeline)
             else:
                 lifeline.drop_descriptors()
                 self._lifeline = lifeline
-        self._channel = grpc.insecure_channel(self._endpoint.grpc_target, _CHANNEL_OPTIONS)
-        self._stub: Any = kvd_pb2_grpc.KvdStub(self._channel)  # type: ignore[no-untyped-call]
+        self._grpc = GrpcCalls(grpc.insecure_channel(self._endpoint.grpc_target, _CHANNEL_OPTIONS))
         hello = pb.Hello(
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL_MAX,
@@ -99,7 +109,7 @@ class Session:
             pid=os.getpid(),
             ticket=ticket,
         )
-        stream = self._stub.Session(self._notes(hello))
+        stream = self._grpc.session(self._notes(hello))
         welcome = _first_note(stream, deadline)
         if not PROTOCOL_MIN <= welcome.protocol <= PROTOCOL_MAX:
             raise ProtocolMismatch(f"the daemon speaks protocol {welcome.protocol}")
@@ -107,9 +117,13 @@ class Session:
             raise Unavailable("the daemon was restarted in between")
         self._heartbeat_s = max(0.05, welcome.heartbeat_interval_ms / 1000)
         self._token: bytes = welcome.session_token
-        self._metadata = ((TOKEN_METADATA, self._token),)
         self._data_port: int = welcome.data_port
         self.max_chunks: int = welcome.max_chunks_per_request
+        self._grpc.token = self._token
+        self._calls: Calls = self._grpc
+        if self._channel is not None:
+            self._channel.max_chunks = self.max_chunks
+            self._calls = FrameCalls(self._channel)
         self.info = SessionInfo(
             self.epoch,
             self._kind,
@@ -138,8 +152,10 @@ class Session:
         ``keep_memory``: the daemon has gone, and the next session may well find the same pool; it stays for a while.
         """
         self._ended.set()
-        if self._channel is not None:
-            self._channel.close()
+        self.presence = None
+        for way in (self._channel, self._grpc):
+            if way is not None:
+                way.close()
         with self._path_lock:
             if self._path is not None:
                 if keep_memory and isinstance(self._path, ShmPath):
@@ -185,7 +201,8 @@ class Session:
         """The id of a namespace in this session; asked for once."""
         known = self._namespaces.get(namespace.key)
         if known is None:
-            known = self._call(self._stub.OpenNamespace, namespace.request(), deadline).namespace_id
+            assert self._grpc is not None
+            known = self._call(self._grpc.namespace_id, namespace, deadline=deadline)
             if len(known) != NAMESPACE_ID_BYTES:
                 raise ProtocolMismatch(f"a namespace id of {len(known)} bytes")
             self._namespaces[namespace.key] = known
@@ -195,32 +212,23 @@ class Session:
         self, namespace_id: bytes, lease_id: int, keys: Sequence[bytes], skip: int, deadline: float, *, again: bool
     ) -> Found:
         """One Lookup. A lease whose answer does not arrive is released when the daemon is back."""
-        request = pb.LookupRequest(namespace_id=namespace_id, lease_id=lease_id, keys=keys, skip=skip, again=again)
         self._check(deadline)
         try:
-            answer = self._send(self._stub.Lookup, request, deadline)
+            return self._send(self._calls.lookup, namespace_id, lease_id, keys, skip, again, deadline=deadline)
         except Unavailable:
             self.owe_release(lease_id)
             raise
-        return found(answer)
 
     def reserve(
         self, namespace_id: bytes, lease_id: int, items: Sequence[tuple[bytes, bytes]], deadline: float
     ) -> list[ReserveResult]:
         """One Reserve. A lease whose answer does not arrive is aborted when the daemon is back."""
-        request = pb.ReserveRequest(
-            namespace_id=namespace_id,
-            lease_id=lease_id,
-            items=[pb.ReserveItem(key=key, parent=parent) for key, parent in items],
-        )
         self._check(deadline)
         try:
-            answer = self._send(self._stub.Reserve, request, deadline)
+            return self._send(self._calls.reserve, namespace_id, lease_id, items, deadline=deadline)
         except Unavailable:
             self.owe_abort(namespace_id, lease_id, ())  # nobody has learnt where the slots are: no copy is under way
             raise
-        same_count(answer.results, items)
-        return [reserved(result) for result in answer.results]
 
     def commit(
         self,
@@ -231,32 +239,28 @@ class Session:
         deadline: float,
     ) -> list[CommitStatus]:
         """Commits ``keys``, in as many calls as the daemon's bound asks for."""
-        wire_stripes = [pb.Stripe(**stripe._asdict()) for stripe in stripes]
         statuses: list[CommitStatus] = []
         for part in self._parts(keys):
-            items = [pb.CommitItem(key=key, stripes=wire_stripes) for key in part]
-            request = pb.CommitRequest(namespace_id=namespace_id, lease_id=lease_id, items=items)
-            answer = self._call(self._stub.Commit, request, deadline)
-            same_count(answer.results, items)
-            statuses += [committed(result) for result in answer.results]
+            statuses += self._call(self._calls.commit, namespace_id, lease_id, part, stripes, deadline=deadline)
         return statuses
 
     def abort(self, namespace_id: bytes, lease_id: int, keys: Sequence[bytes], deadline: float) -> None:
         """Aborts ``keys``."""
         for part in self._parts(keys):
-            request = pb.AbortRequest(namespace_id=namespace_id, lease_id=lease_id, keys=part)
-            self._call(self._stub.Abort, request, deadline)
+            self._call(self._calls.abort, namespace_id, lease_id, part, deadline=deadline)
 
     def renew(self, lease_ids: Sequence[int], deadline: float) -> list[bool]:
         """Extends read leases; one answer each. With none it is the cheapest question there is."""
-        answer = self._call(self._stub.Renew, pb.RenewRequest(lease_ids=lease_ids), deadline)
-        alive = {result.lease_id for result in answer.results if result.alive}
-        return [lease_id in alive for lease_id in lease_ids]
+        return self._call(self._calls.renew, lease_ids, deadline=deadline)
 
     def stats(self, deadline: float) -> pb.StatsResponse:
         """The state of the daemon."""
-        answer: pb.StatsResponse = self._call(self._stub.Stats, pb.StatsRequest(), deadline)
-        return answer
+        assert self._grpc is not None
+        return self._call(self._grpc.stats, deadline=deadline)
+
+    def note_miss(self, chunks: int) -> None:
+        """A Lookup of so many chunks was not asked: it was known to be a miss. The daemon hears of it, to count it."""
+        self._debts.add_miss(chunks)
 
     # -- what is owed
 
@@ -268,8 +272,7 @@ class Session:
     def owe_abort(self, namespace_id: bytes, lease_id: int, keys: Sequence[bytes]) -> None:
         """The daemon is told in the background that ``keys`` (none: everything) of a write lease are given up."""
         for part in self._parts(keys) if keys else [()]:
-            request = pb.AbortRequest(namespace_id=namespace_id, lease_id=lease_id, keys=part)
-            if not self._debts.add_abort(request):
+            if not self._debts.add_abort(Abort(namespace_id, lease_id, part)):
                 log.warning("too many aborts are owed to the daemon: the session is given up")
                 self.end()
                 return
@@ -281,25 +284,25 @@ class Session:
         while releases:
             batch = releases[:_RELEASE_BATCH]
             try:
-                self._deliver(self._stub.Release, pb.ReleaseRequest(lease_ids=batch))
+                self._deliver(self._calls.release, batch)
             except Unavailable:
                 for lease_id in releases:
                     self._debts.add_release(lease_id)
                 raise
             del releases[:_RELEASE_BATCH]
         while (abort := self._debts.first_abort()) is not None:
-            self._deliver(self._stub.Abort, abort)
+            self._deliver(self._calls.abort, *abort)
             self._debts.settled_abort()
 
     def probe(self) -> None:
         """Asks whether the daemon answers, breaker or not. Raises as calls do."""
-        self._send(self._stub.Renew, pb.RenewRequest(), time.monotonic() + SETTLE_TIMEOUT_S)
+        self._send(self._calls.renew, (), deadline=time.monotonic() + SETTLE_TIMEOUT_S)
 
     # -- inside
 
-    def _call(self, method: Callable[..., Any], request: object, deadline: float) -> Any:
+    def _call(self, call: Callable[..., T], *what: object, deadline: float) -> T:
         self._check(deadline)
-        return self._send(method, request, deadline)
+        return self._send(call, *what, deadline=deadline)
 
     def _check(self, deadline: float) -> None:
         """Raises what makes a call senseless, before anything is sent."""
@@ -309,24 +312,23 @@ class Session:
         if time.monotonic() >= deadline:
             raise DeadlineExceeded("the deadline passed before the call")
 
-    def _send(self, method: Callable[..., Any], request: object, deadline: float) -> Any:
-        failure: KvdError
+    def _send(self, call: Callable[..., T], *what: object, deadline: float) -> T:
         try:
-            return method(request, timeout=max(0.0, deadline - time.monotonic()), metadata=self._metadata)
-        except grpc.RpcError as error:
-            failure = from_rpc_error(error)
-        except ValueError:  # gRPC's way of saying that the channel has been closed
-            failure = Unavailable("the session has ended")
-        if isinstance(failure, SessionUnknown):
+            return call(*what, deadline)
+        except SessionUnknown:
             self.end()
-        elif isinstance(failure, Unavailable) and not self.ended:
-            self._breaker.open(str(failure))
-        raise failure
+            raise
+        except Unavailable as error:
+            if not self._calls.alive:
+                self.end()
+            elif not self.ended:
+                self._breaker.open(str(error))
+            raise
 
-    def _deliver(self, method: Callable[..., Any], request: object) -> None:
+    def _deliver(self, call: Callable[..., object], *what: object) -> None:
         """Tells something that is owed; what the daemon refuses is not owed any more."""
         try:
-            self._send(method, request, time.monotonic() + SETTLE_TIMEOUT_S)
+            self._send(call, *what, deadline=time.monotonic() + SETTLE_TIMEOUT_S)
         except Unavailable:
             raise
         except KvdError as error:
@@ -341,7 +343,9 @@ class Session:
         sequence = 0
         while not self._ended.wait(self._heartbeat_s):
             sequence += 1
-            yield pb.ClientNote(heartbeat=pb.Heartbeat(sequence=sequence))
+            lookups, chunks = self._debts.take_misses()  # what no frame has reported
+            beat = pb.Heartbeat(sequence=sequence, missed_lookups=lookups, missed_chunks=chunks)
+            yield pb.ClientNote(heartbeat=beat)
 
     def _listen(self, stream: Iterable[pb.ServerNote]) -> None:
         """Hears the daemon's notes until the stream ends, and the session with it."""
@@ -354,6 +358,16 @@ class Session:
                 log.info("the session with the daemon has ended: %s", from_rpc_error(error))
         finally:
             self.end()
+
+
+def _presence_of(lifeline: Lifeline) -> PresenceView | None:
+    """The presence table that came with a lifeline, if one did. The lifeline is closed when this raises."""
+    table = lifeline.take_presence()
+    try:
+        return None if table is None else PresenceView(*table, lifeline.daemon_id, lifeline.socket)
+    except KvdError:
+        lifeline.close()
+        raise
 
 
 def _first_note(stream: Any, deadline: float) -> pb.Welcome:

@@ -9,8 +9,10 @@ be declared. The path itself lets go as soon as it sees that the daemon has gone
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -20,9 +22,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvd.wire.chunks import Location
 from kvd.wire.errors import ProtocolMismatch, SessionUnknown, Unavailable
 from kvd.wire.lifeline import GRANULE_BYTES, TABLE_HEADER, TABLE_HEADER_BYTES, TABLE_MAGIC, WORD_BYTES
+from kvd.wire.spans import Span
 from kvd_client.lifeline import Descriptors, Lifeline, ended
 from kvd_client.mapping import READ, READ_WRITE, Mapping, housekeeper, map_file
 from kvd_client.path import Attachment, Kind, Piece
+from kvd_client.prefault import prefault
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -42,20 +46,13 @@ def _let_go(connection: socket.socket, holder: int | None) -> None:
         os.close(holder)
 
 
-class _Table(NamedTuple):
-    """The generation table of a segment."""
-
-    mapping: Mapping
-    address: int  # of the first word
-    granules: int
-
-
 class _Segment(NamedTuple):
-    """A segment of a daemon that lives."""
+    """A segment of a daemon that lives. ``table``: its generation table, a word for each granule."""
 
     data: memoryview  # all of it; keeps the mapping and the hold
     address: int
-    table: _Table
+    size: int
+    table: memoryview
 
 
 class ShmPath:
@@ -72,8 +69,9 @@ class ShmPath:
         self._fence = threading.Lock()
         self._mappings: list[Mapping] = []
         self._memory: list[memoryview] = []
-        self._tables: dict[int, _Table] = {}
+        self._tables: dict[int, memoryview] = {}
         self._segments: dict[int, _Segment] = {}
+        self._unfaulted: list[Mapping] = []
         hold = _Hold(lifeline.socket, lifeline.take_holder())
         try:
             for descriptors in lifeline.segments:
@@ -90,7 +88,9 @@ class ShmPath:
         if lifeline.daemon_id != attachment.daemon_id:
             lifeline.close()
             raise SessionUnknown("the daemon has been restarted")
-        return cls(lifeline)
+        path = cls(lifeline)
+        path._prefault()  # who has a path of its own is going to copy
+        return path
 
     @property
     def alive(self) -> bool:
@@ -133,7 +133,7 @@ class ShmPath:
     def close(self) -> None:
         """See ``DataPath``."""
         self._gone = True
-        self._segments, self._tables, self._memory, self._mappings = {}, {}, [], []
+        self._segments, self._tables, self._memory, self._mappings, self._unfaulted = {}, {}, [], [], []
 
     def retain(self) -> None:
         """The daemon has gone and may come back: keeps the mappings for the next path of this process, for a while."""
@@ -151,50 +151,73 @@ class ShmPath:
             raise ProtocolMismatch(f"the generation table of segment {info.index} says {header}")
         if writer != daemon_id:
             raise Unavailable("the daemon was restarted in between")
-        table = _Table(words, words.address + TABLE_HEADER_BYTES, granules)
+        table = words.bytes()[TABLE_HEADER_BYTES:][: granules * WORD_BYTES].cast("Q").toreadonly()
         self._mappings.append(data)
         self._memory.append(data.bytes())
         self._tables[info.index] = table
-        self._segments[info.index] = _Segment(data.bytes(on_behalf_of=hold), data.address, table)
+        self._segments[info.index] = _Segment(data.bytes(on_behalf_of=hold), data.address, data.length, table)
+        if info.page_bytes == mmap.PAGESIZE:  # huge pages have few faults, and those of hugetlb may have no memory yet
+            self._unfaulted.append(data)
+
+    def _prefault(self) -> None:
+        """To be called when it is known that this process is one that copies."""
+        while self._unfaulted:
+            prefault(self._unfaulted.pop())
 
     def _copy(self, pieces: Sequence[Piece], deadline: float, *, into_slots: bool) -> list[bool]:
+        self._prefault()
         segments = self._segments  # holds the mappings while the copies are under way
         alive = self.alive
         done = []
+        known: Span | None = None
+        runs: list[tuple[int, int]] = []
+        size = end = 0
         for location, span, buffer in pieces:
-            with _Pinned(buffer, writable=not into_slots) as (address, length_bytes):
-                if length_bytes != span.size:
-                    raise ValueError(f"a buffer of {length_bytes} bytes for a span of {span.size}")
-                segment = segments.get(location.segment)
-                # A slot that does not hold the generation any more is not even touched: the location is an old one.
-                good = (
-                    alive
-                    and segment is not None
-                    and _published(segment.table, location)
-                    and span.fits(len(segment.data) - location.offset)
-                    and time.monotonic() < deadline
-                )
-                if good and segment is not None:
-                    slot = segment.address + location.offset
-                    for offset, length in span.runs():
-                        if into_slots:
-                            ctypes.memmove(slot + offset, address, length)
-                        else:
-                            ctypes.memmove(address, slot + offset, length)
-                        address += length
-                done.append(good)
+            if span is not known:  # most often all pieces have one and the same
+                well_formed = span.fits(sys.maxsize)
+                known, size, end = span, span.size, span.end if well_formed else sys.maxsize
+                runs = list(span.runs()) if well_formed else []
+            memory = memoryview(buffer)
+            if memory.nbytes != size:
+                raise ValueError(f"a buffer of {memory.nbytes} bytes for a span of {size}")
+            pinned, address = _pin(memory, writable=not into_slots)
+            segment = segments.get(location.segment)
+            # A slot that does not hold the generation any more is not even touched: the location is an old one.
+            good = (
+                alive
+                and segment is not None
+                and _published(segment.table, location)
+                and location.offset + end <= segment.size
+                and time.monotonic() < deadline
+            )
+            if good and segment is not None:
+                slot = segment.address + location.offset
+                for offset, length in runs:
+                    if into_slots:
+                        ctypes.memmove(slot + offset, address, length)
+                    else:
+                        ctypes.memmove(address, slot + offset, length)
+                    address += length
+            del pinned
+            done.append(good)
         return done
 
 
-def _published(table: _Table | None, location: Location) -> bool:
+def _published(table: memoryview | None, location: Location) -> bool:
     """Whether the table says that the slot holds the location's generation. One aligned 8-byte load."""
     if table is None or location.generation == 0:
         return False
     granule, rest = divmod(location.offset, GRANULE_BYTES)
-    if rest or not 0 <= granule < table.granules:
-        return False
-    word = ctypes.c_uint64.from_address(table.address + granule * WORD_BYTES).value
-    return word == location.generation
+    return not rest and 0 <= granule < len(table) and table[granule] == location.generation
+
+
+def _pin(memory: memoryview, *, writable: bool) -> tuple[object, int]:
+    """The address of a C-contiguous buffer, and what keeps it there. BufferError when it cannot be had."""
+    if memory.readonly or not memory.c_contiguous:
+        pinned = _Pinned(memory, writable=writable)
+        return pinned, pinned.address
+    byte = ctypes.c_char.from_buffer(memory)
+    return byte, ctypes.addressof(byte)
 
 
 class _PyBuffer(ctypes.Structure):
@@ -220,7 +243,7 @@ _PYBUF_WRITABLE = 1
 
 
 class _Pinned:
-    """Address and length of a C-contiguous buffer, held while the block lasts. BufferError when it cannot be had.
+    """A C-contiguous buffer, held as long as this object is. BufferError when it cannot be had.
 
     This is the only way to the address of read-only memory (``bytes``) that needs nothing but the interpreter.
     """
@@ -229,9 +252,7 @@ class _Pinned:
         self._buffer = _PyBuffer()
         flags = _PYBUF_WRITABLE if writable else _PYBUF_SIMPLE
         ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(buffer), ctypes.byref(self._buffer), ctypes.c_int(flags))
+        self.address: int = self._buffer.buf or 0
 
-    def __enter__(self) -> tuple[int, int]:
-        return self._buffer.buf or 0, self._buffer.len
-
-    def __exit__(self, *_: object) -> None:
+    def __del__(self) -> None:
         ctypes.pythonapi.PyBuffer_Release(ctypes.byref(self._buffer))

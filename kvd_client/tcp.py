@@ -20,12 +20,11 @@ from kvd.wire.errors import (
     Unavailable,
 )
 from kvd.wire.frames import (
-    CHECKSUM,
+    FLAG_NO_CHECKSUM,
     HELLO,
     HELLO_REPLY,
     ITEM_STATUS,
     MAGIC,
-    MAX_ITEMS,
     MAX_REQUEST_BYTES,
     MAX_RUNS,
     REPLY,
@@ -36,16 +35,21 @@ from kvd.wire.frames import (
     Op,
     pack_request,
 )
-from kvd.wire.spans import Span, whole
-from kvd.wire.stream import Stream
+from kvd.wire.spans import whole
+from kvd.wire.stream import Payload, Stream
 from kvd_client.path import Attachment, Kind, Piece
 
 log = logging.getLogger(__name__)
 
-#: Payload of one request: enough to hide the round trip, little enough to spread a load evenly over the connections.
-BATCH_BYTES = 8 << 20
+#: Payload of one request: little enough to spread a load evenly over the connections.
+BATCH_BYTES = 16 << 20
 #: Less than this is not worth a second connection.
 MIN_BATCH_BYTES = 1 << 20
+#: Items of one request: its table fits into the daemon's socket buffer, so that it is sent without waiting for anybody
+#: while the answer to the request before is still to be read.
+BATCH_ITEMS = 256
+#: Requests on the way on one connection: the next one is there when the daemon has done the last.
+REQUESTS_UNDER_WAY = 2
 
 _REFUSALS: dict[int, type[KvdError]] = {
     HelloStatus.BAD_VERSION: ProtocolMismatch,
@@ -54,20 +58,21 @@ _REFUSALS: dict[int, type[KvdError]] = {
 }
 
 
-class _Payload:
-    """A piece and its buffer as bytes."""
+class _Move:
+    """A piece to be moved: the item that asks for it, and its buffer as bytes."""
 
-    __slots__ = ("index", "item", "memory")
+    __slots__ = ("index", "item", "payload")
 
     def __init__(self, index: int, piece: Piece, *, writable: bool) -> None:
         location, span, buffer = piece
+        memory = memoryview(buffer).cast("B")
+        if len(memory) != span.size:
+            raise ValueError(f"a buffer of {len(memory)} bytes for a span of {span.size}")
+        if writable and memory.readonly:
+            raise BufferError("the buffer is not writable")
         self.index = index
         self.item = Item(location.segment, location.offset, location.generation, span)
-        self.memory = memoryview(buffer).cast("B")
-        if len(self.memory) != span.size:
-            raise ValueError(f"a buffer of {len(self.memory)} bytes for a span of {span.size}")
-        if writable and self.memory.readonly:
-            raise BufferError("the buffer is not writable")
+        self.payload = Payload(memory, whole(len(memory)))  # in the buffer the runs are back to back
 
     @property
     def runs(self) -> int:
@@ -79,6 +84,8 @@ class TcpPath:
     """A data path over the network; see ``DataPath``. Every wait on a socket ends with the caller's deadline."""
 
     kind: Kind = "tcp"
+    #: Whether payloads carry checksums. Off only to measure what they cost.
+    checked = True
 
     def __init__(self, attachment: Attachment, first: Stream) -> None:
         self._attachment = attachment
@@ -140,9 +147,9 @@ class TcpPath:
         self._helpers.shutdown(wait=False)
 
     def _run(self, op: Op, lease_id: int, pieces: Sequence[Piece], deadline: float) -> list[bool]:
-        payloads = [_Payload(i, piece, writable=op == Op.READ) for i, piece in enumerate(pieces)]
-        outcome = [False] * len(payloads)
-        work = deque(_cut(payloads, self._attachment.connections))
+        moves = [_Move(i, piece, writable=op == Op.READ) for i, piece in enumerate(pieces)]
+        outcome = [False] * len(moves)
+        work = deque(_cut(moves, self._attachment.connections))
 
         def carry() -> None:
             self._carry(op, lease_id, work, outcome, deadline)
@@ -159,24 +166,30 @@ class TcpPath:
             wait([helper for helper in helpers if not helper.cancel()])
         return outcome
 
-    def _carry(self, op: Op, lease_id: int, work: deque[list[_Payload]], outcome: list[bool], deadline: float) -> None:
+    def _carry(self, op: Op, lease_id: int, work: deque[list[_Move]], outcome: list[bool], deadline: float) -> None:
         """Carries batches of ``work`` on one connection until there are none left or the connection fails."""
         stream = self._borrow(deadline)
         if stream is None:
             return
+        asked: deque[list[_Move]] = deque()
         usable = False
         try:
             while not self._lost:
-                try:
-                    batch = work.popleft()
-                except IndexError:
+                while work and len(asked) < REQUESTS_UNDER_WAY:
+                    try:
+                        batch = work.popleft()
+                    except IndexError:
+                        break  # another connection was faster
+                    self._ask(stream, op, lease_id, batch, deadline)
+                    asked.append(batch)
+                if not asked:
                     break
-                transfer = _send_batch if op == Op.WRITE else _receive_batch
-                for payload, status in transfer(stream, lease_id, batch, deadline):
-                    outcome[payload.index] = status == ItemStatus.OK
+                batch = asked.popleft()
+                for move, status in zip(batch, self._answers(stream, op, batch, deadline), strict=True):
+                    outcome[move.index] = status == ItemStatus.OK
                     if status == ItemStatus.CHECKSUM:
-                        self._count_mismatch(op, payload)
-            usable = True
+                        self._count_mismatch(op, move)
+            usable = not asked
         except TimeoutError as error:
             log.debug("data connection closed: %s", error)
         except (OSError, ProtocolMismatch) as error:
@@ -222,10 +235,32 @@ class TcpPath:
                 stream.close()
         self._slots.release()
 
-    def _count_mismatch(self, op: Op, payload: _Payload) -> None:
+    def _count_mismatch(self, op: Op, move: _Move) -> None:
         with self._lock:
             self._checksum_failures += 1
-        log.warning("checksum mismatch: %d bytes of a %s are not used", len(payload.memory), op.name.lower())
+        log.warning("checksum mismatch: %d bytes of a %s are not used", move.item.span.size, op.name.lower())
+
+    def _ask(self, stream: Stream, op: Op, lease_id: int, batch: list[_Move], deadline: float) -> None:
+        """Sends the request for a batch, and what it writes."""
+        flags = 0 if self.checked else FLAG_NO_CHECKSUM
+        head = pack_request(op, lease_id, [move.item for move in batch], flags)
+        payloads = [move.payload for move in batch] if op == Op.WRITE else []
+        stream.send_payloads(head, payloads, deadline, checked=self.checked)
+
+    def _answers(self, stream: Stream, op: Op, batch: list[_Move], deadline: float) -> Iterator[int]:
+        """Receives the answer to a batch, and what it reads; the ItemStatus of each move as soon as it is known."""
+        _, _, count = REPLY.unpack(stream.receive(REPLY.size, deadline))
+        if count != len(batch):
+            raise ProtocolMismatch(f"the daemon answers {count} items of {len(batch)}")
+        table = stream.receive(ITEM_STATUS.size * count, deadline)
+        statuses = [status for (status,) in ITEM_STATUS.iter_unpack(table)]
+        if op == Op.WRITE:
+            yield from statuses
+            return
+        coming = [move.payload for move, status in zip(batch, statuses, strict=True) if status == ItemStatus.OK]
+        intact = stream.receive_payloads(coming, deadline, checked=self.checked)
+        for status in statuses:
+            yield ItemStatus.CHECKSUM if status == ItemStatus.OK and not next(intact) else status
 
 
 def _connect(attachment: Attachment, deadline: float) -> Stream:
@@ -254,64 +289,23 @@ def _connect(attachment: Attachment, deadline: float) -> Stream:
         raise
 
 
-def _cut(payloads: Sequence[_Payload], connections: int) -> Iterator[list[_Payload]]:
+def _cut(moves: Sequence[_Move], connections: int) -> Iterator[list[_Move]]:
     """Batches for one request each, in order. What no request can carry is left out, and so fails."""
-    total_bytes = sum(len(payload.memory) for payload in payloads)
+    total_bytes = sum(move.item.span.size for move in moves)
     goal_bytes = min(BATCH_BYTES, max(MIN_BATCH_BYTES, total_bytes // connections))
-    batch: list[_Payload] = []
+    batch: list[_Move] = []
     batch_bytes = batch_runs = 0
-    for payload in payloads:
-        size, runs = len(payload.memory), payload.runs
-        if size > MAX_REQUEST_BYTES or runs > MAX_RUNS or not payload.item.span.fits(1 << 63):
-            log.warning("%s is more than a data connection carries at a time", payload.item.span)
+    for move in moves:
+        span, runs = move.item.span, move.runs
+        if span.size > MAX_REQUEST_BYTES or runs > MAX_RUNS or not span.fits(1 << 63):
+            log.warning("%s is more than a data connection carries at a time", span)
             continue
-        if batch and (batch_bytes + size > goal_bytes or batch_runs + runs > MAX_RUNS or len(batch) == MAX_ITEMS):
+        full = batch_bytes + span.size > goal_bytes or batch_runs + runs > MAX_RUNS or len(batch) == BATCH_ITEMS
+        if batch and full:
             yield batch
             batch, batch_bytes, batch_runs = [], 0, 0
-        batch.append(payload)
-        batch_bytes += size
+        batch.append(move)
+        batch_bytes += span.size
         batch_runs += runs
     if batch:
         yield batch
-
-
-def _receive_batch(
-    stream: Stream, lease_id: int, batch: list[_Payload], deadline: float
-) -> Iterator[tuple[_Payload, int]]:
-    """Reads a batch; each payload with its ItemStatus as soon as it is known."""
-    stream.send([memoryview(pack_request(Op.READ, lease_id, [payload.item for payload in batch]))], deadline)
-    _check_reply(stream, batch, deadline)
-    for payload in batch:
-        (status,) = ITEM_STATUS.unpack(stream.receive(ITEM_STATUS.size, deadline))
-        if status == ItemStatus.OK:
-            found = stream.receive_payload(payload.memory, _flat(payload), deadline)
-            (sent,) = CHECKSUM.unpack(stream.receive(CHECKSUM.size, deadline))
-            if found != sent:
-                status = ItemStatus.CHECKSUM
-        yield payload, status
-
-
-def _send_batch(
-    stream: Stream, lease_id: int, batch: list[_Payload], deadline: float
-) -> Iterator[tuple[_Payload, int]]:
-    """Writes a batch; each payload with its ItemStatus."""
-    head = pack_request(Op.WRITE, lease_id, [payload.item for payload in batch])
-    for payload in batch:
-        checksum = stream.send_payload(head, payload.memory, _flat(payload), deadline)
-        head = bytearray(CHECKSUM.pack(checksum))
-    stream.send([memoryview(head)], deadline)
-    _check_reply(stream, batch, deadline)
-    statuses = stream.receive(ITEM_STATUS.size * len(batch), deadline)
-    for payload, (status,) in zip(batch, ITEM_STATUS.iter_unpack(statuses), strict=True):
-        yield payload, status
-
-
-def _check_reply(stream: Stream, batch: list[_Payload], deadline: float) -> None:
-    _, _, count = REPLY.unpack(stream.receive(REPLY.size, deadline))
-    if count != len(batch):
-        raise ProtocolMismatch(f"the daemon answers {count} items of {len(batch)}")
-
-
-def _flat(payload: _Payload) -> Span:
-    """The payload in its buffer: the runs back to back."""
-    return whole(len(payload.memory))

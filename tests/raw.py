@@ -11,11 +11,18 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from kvd.wire import lifeline
+from kvd.wire import calls, errors, lifeline
+from kvd.wire.chunks import Location
 from kvd.wire.identity import Identity
 from kvd.wire.pb import kvd_pb2 as pb
 
 TIMEOUT_S = 10.0
+
+
+def slots_of(answer: pb.LookupResponse | pb.ReserveResponse) -> list[Location]:
+    """The slots that an answer names."""
+    segments = answer.segments or [0] * len(answer.offsets)
+    return [Location(*slot) for slot in zip(segments, answer.offsets, answer.generations, strict=True)]
 
 
 class Welcomed(NamedTuple):
@@ -25,7 +32,8 @@ class Welcomed(NamedTuple):
     daemon_id: int
     ticket: bytes
     segments: list[lifeline.SegmentInfo]
-    descriptors: list[int]
+    descriptors: list[int]  # two per segment
+    presence_bytes: int
 
 
 class RawLifeline:
@@ -36,6 +44,7 @@ class RawLifeline:
         self.socket.settimeout(TIMEOUT_S)
         self.socket.connect(path)
         self.descriptors: list[int] = []
+        self.channel: socket.socket | None = None
 
     def hello(
         self, kind: int = lifeline.Kind.OPEN, token: bytes = bytes(16), version: int = lifeline.VERSION
@@ -49,13 +58,36 @@ class RawLifeline:
             found.frombytes(data)
         self.descriptors += found
         size = lifeline.WELCOME.size
-        magic, version, status, daemon_id, ticket, count, _ = lifeline.WELCOME.unpack_from(message)
+        magic, version, status, daemon_id, ticket, count, _, presence_bytes = lifeline.WELCOME.unpack_from(message)
         assert (magic, version) == (lifeline.MAGIC, lifeline.VERSION)
         segments = [
             lifeline.SegmentInfo(*lifeline.SEGMENT.unpack_from(message, size + i * lifeline.SEGMENT.size))
             for i in range(count)
         ]
-        return Welcomed(status, daemon_id, ticket, segments, list(found))
+        if status == lifeline.Status.OK:
+            self.channel = socket.socket(fileno=os.dup(found[2 * count]))
+            self.channel.settimeout(TIMEOUT_S)
+        return Welcomed(status, daemon_id, ticket, segments, list(found)[: 2 * count], presence_bytes)
+
+    def ask(self, request: calls.Request, request_id: int = 1) -> memoryview | errors.KvdError:
+        """Sends a frame over the call channel and reads its answer."""
+        assert self.channel is not None
+        self.channel.sendall(calls.pack_request(request, request_id))
+        answered, op, body = self.answer()
+        assert (answered, op) == (request_id, calls.op_of(request))
+        return body
+
+    def answer(self) -> tuple[int, calls.Op, memoryview | errors.KvdError]:
+        """Reads one answer from the call channel; ConnectionResetError at its end."""
+        assert self.channel is not None
+        frame = bytearray()
+        while len(frame) < 4 or len(frame) < calls.frame_length(frame):
+            wanted = 4 if len(frame) < 4 else calls.frame_length(frame)
+            part = self.channel.recv(wanted - len(frame))
+            if not part:
+                raise ConnectionResetError("the daemon has closed the channel")
+            frame += part
+        return calls.unpack_answer(frame)
 
     def at_end(self) -> bool:
         """Whether the daemon has closed its end; waits for it."""
@@ -64,6 +96,8 @@ class RawLifeline:
     def close(self) -> None:
         """Closes the socket and the descriptors that came over it."""
         self.socket.close()
+        if self.channel is not None:
+            self.channel.close()
         for fd in self.descriptors:
             os.close(fd)
         self.descriptors = []
@@ -132,11 +166,13 @@ class RawSession:
         assert found.namespace_id == Identity(model=model, weights_revision="r").namespace_id("default")
         return bytes(found.namespace_id)
 
-    def reserve(self, namespace: bytes, keys: list[bytes], lease_id: int = 1) -> list[pb.ReserveResult]:
-        """Reserves a prefix from the root."""
+    def reserve(self, namespace: bytes, keys: list[bytes], lease_id: int = 1) -> list[Location | None]:
+        """Reserves a prefix from the root; the slots of what was granted."""
         items = [pb.ReserveItem(key=key, parent=parent) for key, parent in zip(keys, [b"", *keys], strict=False)]
         request = pb.ReserveRequest(namespace_id=namespace, lease_id=lease_id, items=items)
-        return list(self.call("Reserve", request).results)
+        answer = self.call("Reserve", request)
+        slots = slots_of(answer)
+        return [slots.pop(0) if status == pb.RESERVE_STATUS_GRANTED else None for status in answer.statuses]
 
     def commit(self, namespace: bytes, keys: list[bytes], lease_id: int = 1) -> list[int]:
         """Commits whole chunks; the statuses."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 from kvd.ledger.audit_disks import audit_disks
 from kvd.ledger.audit_tree import audit_tree
@@ -11,7 +12,7 @@ from kvd.ledger.books import SEGMENT, Books
 from kvd.ledger.chunk import Chunk, Home, Leaving
 from kvd.ledger.index import Space
 from kvd.ledger.leases import ReadLeases, SessionBook
-from kvd.ledger.terms import ReadableGenerations
+from kvd.ledger.terms import ReadableGenerations, ReadablePresence
 from kvd.ledger.tiers import Tiers
 from kvd.ledger.transfers import Transfers
 from kvd.types import ChunkState, SessionId
@@ -62,6 +63,7 @@ def _findings(
     yield from _slots(books, writers, held, written, set(tiers.unproven))
     yield from _policy(books)
     yield from _generations(books)
+    yield from _presence(books)
     yield from _totals(books)
     yield from books.slots.audit()
     yield from audit_disks(books, tiers)
@@ -87,7 +89,9 @@ def _leases(
     if sum(len(book.reads) for book in sessions.values()) != len(reads):
         yield f"{len(reads)} read leases by time, another number in the sessions"
     for lease in reads:
-        held.update(lease.chunks)
+        held[lease.chunks[-1]] += 1
+        if any(child.parent is not parent for parent, child in pairwise(lease.chunks)):
+            yield f"read lease {lease.id} is on chunks that are not of one prefix"
         if lease.session.reads.get(lease.id) is not lease or sessions.get(lease.session.id) is not lease.session:
             yield f"read lease {lease.id} is of no session that is open"
         if any(books.by_offset.get(chunk.location.offset) is not chunk for chunk in lease.chunks):
@@ -254,6 +258,22 @@ def _generations(books: Books) -> Iterator[str]:
             word = table.word(SEGMENT, offset)
             if word != (0 if gone else chunk.location.generation):
                 yield f"{_name(chunk)}: generation {chunk.location.generation}, published {word}"
+
+
+def _presence(books: Books) -> Iterator[str]:
+    """The published table, where it can be read, has every key that can be found, once, and no others."""
+    table, found = books.presence, 0
+    if not isinstance(table, ReadablePresence):
+        return
+    for space in books.spaces.values():
+        here = {chunk.key for chunk in space.chunks.values() if chunk.draft is None}
+        here.update(record.key for record in space.records.values() if not record.condemned)
+        found += len(here)
+        for key in here:
+            if not table.may_hold(space.namespace.id, key):
+                yield f"{key.hex()[:16]} can be found, the presence table says otherwise"
+    if len(table) != found:
+        yield f"{found} keys can be found, {len(table)} are in the presence table"
 
 
 def _totals(books: Books) -> Iterator[str]:

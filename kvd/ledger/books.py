@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from kvd.ledger.chunk import Chunk, Draft, Home, Leaving
@@ -12,7 +12,7 @@ from kvd.ledger.eviction import EvictionPolicy
 from kvd.ledger.index import Space
 from kvd.ledger.leases import SessionBook, WriteLease
 from kvd.ledger.records import Records
-from kvd.ledger.terms import Counters, Generations, SlotJournal, Unwritten
+from kvd.ledger.terms import Counters, Generations, Presence, SlotJournal, Unpublished, Unwritten
 from kvd.ledger.tree import Tree
 from kvd.types import ROOT, ChunkState, Location, Namespace
 
@@ -88,6 +88,7 @@ class Books(Tree[Chunk]):
         first_generation: int = 0,
         journal: SlotJournal | None = None,
         records: Records | None = None,
+        presence: Presence | None = None,
     ) -> None:
         super().__init__(policy)
         self.slots = slots
@@ -95,9 +96,11 @@ class Books(Tree[Chunk]):
         self.counters = counters
         self.journal: SlotJournal = Unwritten() if journal is None else journal
         self._written = journal is not None
+        self.presence: Presence = Unpublished() if presence is None else presence
         self.records = records
         if records is not None:
             records.on_empty = self.forget_if_empty
+            records.presence = self.presence
         #: Hears of every chunk that has become READY, and of every READY one that was used and has no record.
         self.on_ready: Callable[[Chunk], None] = _ignore
         self.spaces: dict[bytes, Space] = {}
@@ -110,24 +113,54 @@ class Books(Tree[Chunk]):
 
     # ------------------------------------------------------------ uses and namespaces
 
-    def touch(self, chunk: Chunk) -> None:
-        """A request has used a READY ``chunk``. Every hit comes through here: ``_stamp`` is written out."""
-        self.last_stamp = stamp = self.last_stamp + 1
-        before = chunk.touched
-        chunk.touched = stamp
-        chunk.uses += 1
-        chunk.home.heat += stamp - before
-        self.policy.touch(chunk, before)
+    def hold(self, node: Chunk) -> None:
+        """See ``Tree``. Every lease comes through here: it is written out, with what the slabs count."""
+        if node.evictable:
+            self.policy.discard(node)
+        at: Chunk | None = node
+        while at is not None:
+            at.holds = holds = at.holds + 1
+            if holds > 1:
+                return
+            at.home.held += 1
+            at = at.parent
+
+    def unhold(self, node: Chunk) -> None:
+        """See ``Tree``, and ``hold``."""
+        at: Chunk | None = node
+        while at is not None:
+            at.holds = holds = at.holds - 1
+            if holds:
+                break
+            at.home.held -= 1
+            at = at.parent
+        if not node.holds and node.first_child is None:
+            self.policy.add(node)
+
+    def use(self, nodes: Sequence[Chunk], stamp: int) -> None:
+        """See ``Tree``: all are READY. Every hit comes through here: it is written out, with all that keeps count."""
+        for chunk in nodes:
+            stamp += 1
+            chunk.home.heat += stamp - chunk.touched
+            chunk.touched = stamp
+            chunk.uses += 1
+        self.policy.touch(nodes)
         if self._written:
-            self.journal.used(chunk.location.offset, stamp, chunk.uses)
-        if chunk.record is not None and self.records is not None:
-            self.records.touch(chunk.record)
+            used = self.journal.used
+            for chunk in nodes:
+                used(chunk.location.offset, chunk.touched, chunk.uses)
+        if self.records is not None:
+            known = [chunk.record for chunk in nodes if chunk.record is not None]
+            self.records.use(known, self.records.stamps(len(known)))
 
     def advance(self, now: float) -> None:
         """It is ``now``, in every tier: what is used from here on is used then."""
+        records = self.records
+        if self.expiry.turns(now) or (records is not None and records.expiry.turns(now)):
+            self.settle()
         super().advance(now)
-        if self.records is not None:
-            self.records.advance(now)
+        if records is not None:
+            records.advance(now)
 
     def open_space(self, namespace: Namespace, grid: Grid) -> Space:
         """New books for a namespace that has none."""
@@ -147,7 +180,10 @@ class Books(Tree[Chunk]):
     def grant(self, key: bytes, parent: Chunk | None, offset: int, session: SessionBook, lease: WriteLease) -> Chunk:
         """A new WRITING chunk in the slot at ``offset``, under ``lease``; its generation is published."""
         space = lease.space
-        home = self.homes.setdefault(self.slots.slab_of(offset), Home(space.slot_bytes))
+        slab = self.slots.slab_of(offset)
+        home = self.homes.get(slab)
+        if home is None:
+            home = self.homes[slab] = Home(space.slot_bytes)
         self.last_generation += 1
         self.last_stamp += 1
         location = Location(SEGMENT, offset, self.last_generation)
@@ -195,7 +231,8 @@ class Books(Tree[Chunk]):
         """A WAITING chunk's parent is READY."""
         ready = [chunk]
         for one in ready:
-            ready.extend(child for child in one.children() if child.state is ChunkState.WAITING)
+            if one.first_child is not None:
+                ready.extend(child for child in one.children() if child.state is ChunkState.WAITING)
             if one.draft is not None:
                 one.draft.session.writing_bytes -= one.space.slot_bytes
                 if one.draft.promoted:
@@ -211,9 +248,9 @@ class Books(Tree[Chunk]):
             if one.checksum is not None:
                 self.journal.sealed(one.location.offset, one.checksum)
             one.state = ChunkState.READY
-            known = one.space.records.get(one.key)
-            if known is not None and not known.condemned:
-                one.record = known
+            one.record = one.space.sound_record(one.key)
+            if one.record is None:
+                self.presence.add(one.space.namespace.id, one.key)
             self.policy.enter(one)
             if self.pins is not None:
                 self.pins.entered(one)
@@ -291,6 +328,8 @@ class Books(Tree[Chunk]):
         self.policy.leave(chunk)
         self._remove(chunk)
         chunk.space.ready -= 1
+        if chunk.space.sound_record(chunk.key) is None:
+            self.presence.remove(chunk.space.namespace.id, chunk.key)
         self.stale.pop(chunk, None)
         self._free(chunk)
 
@@ -307,9 +346,6 @@ class Books(Tree[Chunk]):
         before = super()._stamp(chunk)
         chunk.home.heat += chunk.touched - before
         return before
-
-    def _held(self, chunk: Chunk, change: int) -> None:
-        chunk.home.held += change
 
     def _remove(self, chunk: Chunk) -> None:
         """Take a chunk without children out of the index and from its parent."""

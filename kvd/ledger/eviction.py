@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from kvd.ledger.node import Node
@@ -37,8 +38,8 @@ class EvictionPolicy(Protocol[N]):
     def discard(self, node: N) -> None:
         """``node`` may not be evicted any more, or is gone. Nothing happens when it could not be."""
 
-    def touch(self, node: N, before: int) -> None:
-        """A request has used ``node``, evictable or not; ``before`` is the stamp of its use before this one."""
+    def touch(self, nodes: Sequence[N]) -> None:
+        """A request has used ``nodes``, all of one namespace, evictable or not, parents before their children."""
 
     def coldest(self, size_class: int) -> N | None:
         """The next victim of this size class; it stays known. None when there is none."""
@@ -106,7 +107,7 @@ class LeafLru(Generic[N]):
     def leave(self, node: N) -> None:
         """Nothing to do."""
 
-    def touch(self, node: N, before: int) -> None:
+    def touch(self, nodes: Sequence[N]) -> None:
         """Nothing to do: the entry is set right when it comes to the top."""
 
     def coldest(self, size_class: int) -> N | None:

@@ -44,6 +44,14 @@ class Expiry:
         #: Stamps up to this one have expired. Only ever rises.
         self.dead = 0
 
+    def turns(self, now: float) -> bool:
+        """Whether ``advance`` at ``now`` would begin a bucket, or let anything expire: uses of before must be in."""
+        if not self.ttl_s:
+            return False
+        return now - self._opened_at >= self._bucket_s or (
+            bool(self._marks) and self._marks[0].time <= now - self.ttl_s
+        )
+
     def advance(self, now: float, last_stamp: int) -> None:
         """It is ``now``, and ``last_stamp`` was the last one so far. Called before anything is stamped at ``now``.
 

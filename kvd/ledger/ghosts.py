@@ -36,6 +36,8 @@ class Ghosts:
 
     def take(self, key: bytes) -> tuple[int, int] | None:
         """Forget ``key``: when it was used and how often, None when that is not known. O(1)."""
+        if not self._filled:
+            return None
         tag, first, segment = self._find(key)
         for at in range(first, first + _WAYS):
             ghost = segment[at]

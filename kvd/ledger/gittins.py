@@ -10,6 +10,7 @@ is one over the age, which is leaf-first LRU.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kvd.ledger.ghosts import MAX_USES, Ghosts
@@ -34,6 +35,8 @@ _ONE_USE = 1 << _USES_AT
 _USES_MASK = MAX_USES << _USES_AT
 _DEPTH_MASK = (1 << _TIME_AT - _DEPTH_AT) - 1
 _STAYS = (1 << _TIME_AT) - 1
+#: From the mark of a node to that of a child that was last used right after it, and as often.
+_CHILD = 1 << _TIME_AT | 1 << _DEPTH_AT
 _GHOST_TIME = (1 << 34) - 1
 
 #: Tokens before a chunk that double its cost. Chunks are grouped by them from an eighth of that, in doublings.
@@ -88,18 +91,30 @@ class Gittins(Generic[N]):
         node.mark = None
         self._remember(node.key, mark >> _TIME_AT, (mark & _USES_MASK) >> _USES_AT)
 
-    def touch(self, node: N, before: int) -> None:
-        """A request has used ``node``."""
-        now = self._tick()
-        mark: int = node.mark
-        self._reuse.used(((mark & _USES_MASK) >> _USES_AT).bit_length(), mark >> _TIME_AT, now)
-        if mark & _USES_MASK < _USES_MASK:
-            mark += _ONE_USE
-        node.mark = mark = now << _TIME_AT | mark & _STAYS
-        self._reuse.began(((mark & _USES_MASK) >> _USES_AT).bit_length(), now)
-        node.queued = False
-        if node.evictable:
-            self._queue(self._shelves[node.size_class], node)
+    def touch(self, nodes: Sequence[N]) -> None:
+        """A request has used ``nodes``. Every hit comes through here: a run of those that were last used together, and
+        as often, is learnt as one."""
+        reuse, now = self._reuse, self._now
+        due, first = reuse.due, now + 1
+        mark = after = 0
+        for node in nodes:
+            now += 1
+            mark += _CHILD
+            after += _CHILD
+            if node.mark != mark or now >= due:
+                self._learn_run(mark - _CHILD, after - _CHILD, first, now)
+                if now >= due:
+                    reuse.learn(now)
+                    due = reuse.due
+                first, mark = now, node.mark
+                after = now << _TIME_AT | (mark & _STAYS) + (_ONE_USE if mark & _USES_MASK < _USES_MASK else 0)
+            node.mark = after
+            if node.queued:
+                node.queued = False
+                if node.evictable:
+                    self._queue(self._shelves[node.size_class], node)
+        self._learn_run(mark, after, first, now + 1)
+        self._now = now
 
     def missed(self, space: Space, key: bytes) -> None:
         """A request had to do without a place for ``key``: a use, all the same."""
@@ -176,6 +191,14 @@ class Gittins(Generic[N]):
         if now >= self._reuse.due:
             self._reuse.learn(now)
         return now
+
+    def _learn_run(self, mark: int, after: int, first: int, end: int) -> None:
+        """What was used from ``first`` up to before ``end``; the marks of the last of it, as it was and as it is."""
+        if first < end:
+            number = ((mark & _USES_MASK) >> _USES_AT).bit_length()
+            following = ((after & _USES_MASK) >> _USES_AT).bit_length()
+            age = (after >> _TIME_AT) - (mark >> _TIME_AT)
+            self._reuse.again(number, following, first - age, first, end - first)
 
     def _recall(self, key: bytes, now: int) -> int:
         """How often ``key`` was used before; it is a ghost no longer."""

@@ -38,8 +38,47 @@ class Space:
         """Slots in the pool, whatever their state."""
         return self.ready + self.writing + self.leaving
 
+    def sound_record(self, key: bytes) -> Record | None:
+        """The record of ``key``, if there is one that is not known to be damaged."""
+        record = self.records.get(key)
+        return None if record is None or record.condemned else record
+
+    def in_pool(self, key: bytes) -> bool:
+        """Whether ``key`` has a chunk that is READY or STALE."""
+        chunk = self.chunks.get(key)
+        return chunk is not None and chunk.draft is None
+
     def ready_prefix(self, keys: Sequence[bytes]) -> list[Chunk]:
-        """The longest prefix of ``keys`` of READY chunks, each the child of the one before, the first a root."""
+        """The longest prefix of ``keys`` of READY chunks, each the child of the one before, the first a root.
+
+        A key names all before it, and what is READY has a READY parent. So the deepest is found by bisection, and the
+        others by climbing from it; they are walked one by one only if they turn out not to be of one prefix.
+        """
+        at: Chunk | None = None
+        get = self.chunks.get
+        ready = ChunkState.READY
+        there, gone = -1, len(keys)
+        middle = gone - 1
+        while there < middle:
+            chunk = get(keys[middle])
+            if chunk is not None and chunk.state is ready:
+                there, at = middle, chunk
+            else:
+                gone = middle
+            middle = (there + gone) // 2
+        found: list[Chunk] = []
+        for key in reversed(keys[: there + 1]):
+            if at is None or at.key != key:
+                return self._walk(keys)
+            found.append(at)
+            at = at.parent
+        if at is not None:
+            return self._walk(keys)
+        found.reverse()
+        return found
+
+    def _walk(self, keys: Sequence[bytes]) -> list[Chunk]:
+        """``ready_prefix``, whatever the keys are."""
         found: list[Chunk] = []
         previous: Chunk | None = None
         get = self.chunks.get

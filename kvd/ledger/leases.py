@@ -14,7 +14,10 @@ from kvd.wire.errors import InvalidRequest, LimitReached
 
 @dataclass(slots=True, eq=False)
 class ReadLease:
-    """A right to read some chunks until ``expires_at`` (of the store's clock)."""
+    """A right to read some chunks of one prefix, the deepest last, until ``expires_at`` (of the store's clock).
+
+    The deepest is held, and so are the others.
+    """
 
     id: LeaseId
     session: SessionBook

@@ -41,6 +41,7 @@ class Reclaiming:
     def drop_for(self, newcomer: Namespace, payload_bytes: int) -> bool:
         """Drop what has to go for a record of ``newcomer``. False: it must not be written, for the sake of shares."""
         records, shares = self._records, self._records.shares
+        records.settle()
         size_bytes = records.extents.record_bytes(payload_bytes)
         most = int(records.extents.total_bytes * LIVE_SHARE)
         for _ in range(_DROPS):
@@ -77,6 +78,7 @@ class Reclaiming:
                 if not self._move(record) and (self._moving or not self._clear(where)):
                     return
                 continue
+            records.settle()
             victim = records.policy.coldest(0)
             if victim is None:
                 return

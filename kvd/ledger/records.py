@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvd.ledger.eviction import EvictionPolicy
 from kvd.ledger.index import Space
 from kvd.ledger.node import Node
-from kvd.ledger.terms import ExtentSpace
+from kvd.ledger.terms import ExtentSpace, Presence, Unpublished
 from kvd.ledger.tree import Tree
 from kvd.types import Place
 
@@ -44,26 +44,41 @@ class Records(Tree[Record]):
         self.count = 0
         #: Hears of every namespace of which no record is left.
         self.on_empty: Callable[[Space], None] = _ignore
+        #: Where clients see which keys can be found; the same as the books'.
+        self.presence: Presence = Unpublished()
 
-    def add(self, space: Space, key: bytes, parent: Record | None, place: Place, uses: int = 0) -> Record:
-        """A new record at ``place``, which is allocated. ``uses``: of the chunk so far, this one not included."""
+    def add(
+        self, space: Space, key: bytes, parent: Record | None, place: Place, uses: int = 0, *, settle: bool = True
+    ) -> Record:
+        """A new record at ``place``, which is allocated. ``uses``: of the chunk so far, this one not included.
+
+        Without ``settle`` it has to be ``settled`` before anything can be evicted: when its children have come, maybe.
+        """
         self.lift(parent)
         record = Record(key, space, self.last_stamp, place, uses=uses)
         self._stamp(record)
         space.records[key] = record
+        if not space.in_pool(key):
+            self.presence.add(space.namespace.id, key)
         space.record_bytes += place.record_bytes
         self.charge(space, place.record_bytes)
-        self.by_extent.setdefault((place.drive, place.extent), set()).add(record)
+        self._enter_extent(record)
         self.count += 1
         if parent is not None:
             if parent.first_child is None:
                 self.policy.discard(parent)
             parent.adopt(record)
         self.policy.enter(record)
-        self.policy.add(record)
         if self.pins is not None:
             self.pins.entered(record)
+        if settle:
+            self.settled(record)
         return record
+
+    def settled(self, record: Record) -> None:
+        """A record that is new may be evicted from now on, unless something else forbids it."""
+        if record.first_child is None and not record.holds:
+            self.policy.add(record)
 
     def readable(self, record: Record) -> bool:
         """Whether the record may be read now: it is sound as far as is known, and its drive works."""
@@ -98,7 +113,7 @@ class Records(Tree[Record]):
         record.space.record_bytes += place.record_bytes
         self.charge(record.space, place.record_bytes)
         record.place = place
-        self.by_extent.setdefault((place.drive, place.extent), set()).add(record)
+        self._enter_extent(record)
 
     def drop(self, top: Record) -> int:
         """Forget ``top`` and all below it, leaves first; ``top.holds`` must be 0. How many records that were."""
@@ -108,6 +123,7 @@ class Records(Tree[Record]):
             self.policy.leave(record)
             self._unlink(record)
             del record.space.records[record.key]
+            self._hide(record)
             chunk = record.space.chunks.get(record.key)
             if chunk is not None and chunk.record is record:
                 chunk.record = None
@@ -124,6 +140,7 @@ class Records(Tree[Record]):
         How many records went now.
         """
         for record in top.subtree():
+            self._hide(record)
             record.condemned = True
             if self.pins is not None:
                 self.pins.leaves(record)
@@ -149,6 +166,18 @@ class Records(Tree[Record]):
                 if record.space.records.get(record.key) is record:
                     gone += self.condemn(record)
         return gone
+
+    def _hide(self, record: Record) -> None:
+        """The record cannot be found any more, if it could until now."""
+        if not record.condemned and not record.space.in_pool(record.key):
+            self.presence.remove(record.space.namespace.id, record.key)
+
+    def _enter_extent(self, record: Record) -> None:
+        where = (record.place.drive, record.place.extent)
+        inside = self.by_extent.get(where)
+        if inside is None:
+            inside = self.by_extent[where] = set()
+        inside.add(record)
 
     def _leave_extent(self, record: Record) -> None:
         where = (record.place.drive, record.place.extent)

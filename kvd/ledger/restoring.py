@@ -96,6 +96,7 @@ class PoolRestorer:
         books.stale[chunk] = False
         books.last_generation = max(books.last_generation, entry.generation)
         books.generations.publish(location)
+        books.presence.add(space.namespace.id, chunk.key)
         return chunk
 
     def _hold_back(self, entry: SlotEntry) -> None:
@@ -157,14 +158,22 @@ class RecordRestorer:
         self._dropped = dropped
         #: Waiting for the record of their parent, by namespace and key of that.
         self._waiting: dict[tuple[bytes, bytes], list[Found]] = {}
+        #: Of the batch that is being taken in.
+        self._added: list[Record] = []
         #: Found and of no use: without their parents, of namespaces that nobody knows, dropped.
         self.orphans = 0
 
     def found(self, batch: Iterable[Found]) -> None:
         """A part of what the disks hold. Each place is adopted; what cannot be used is released again."""
-        for one in batch:
-            self._records.extents.adopt(one.place)
-            self._take(one)
+        adopt, added = self._records.extents.adopt, self._added
+        try:
+            for one in batch:
+                adopt(one.place)
+                self._take(one)
+        finally:
+            for record in added:
+                self._records.settled(record)
+            added.clear()
 
     def end(self) -> None:
         """The scan is over: what still waits has no parent."""
@@ -189,17 +198,18 @@ class RecordRestorer:
             if parent is None and one.parent != ROOT:
                 self._waiting.setdefault((one.namespace_id, one.parent), []).append(one)
                 continue
-            # Opened only now that there is something to put into it.
-            space = space_of(self._books, self._namespaces(), one.namespace_id)
-            if space is None:
-                self._reject(one)
-                continue
+            if space is None:  # opened only now that there is something to put into it
+                space = space_of(self._books, self._namespaces(), one.namespace_id)
+                if space is None:
+                    self._reject(one)
+                    continue
             known = space.records.get(one.key)
             if parent is not None and parent.condemned:
                 self._reject(one)
             elif known is None:
                 self._add(space, parent, one)
-                ready.extend(self._waiting.pop((one.namespace_id, one.key), ()))
+                if self._waiting:
+                    ready.extend(self._waiting.pop((one.namespace_id, one.key), ()))
             elif known.place.sequence < one.place.sequence and self._records.movable(known):
                 self._records.move(known, one.place)
             else:
@@ -210,7 +220,8 @@ class RecordRestorer:
         self.orphans += 1
 
     def _add(self, space: Space, parent: Record | None, one: Found) -> None:
-        record = self._records.add(space, one.key, parent, one.place)
+        record = self._records.add(space, one.key, parent, one.place, settle=False)
+        self._added.append(record)
         chunk = space.chunks.get(one.key)
         if chunk is not None and chunk.draft is None and chunk.record is None:
             chunk.record = record

@@ -68,11 +68,39 @@ class ReuseTimes:
         if len(waiting) > _MAX_CELLS:
             self._coarsen()
 
+    def again(self, number: int, following: int, since: int, now: int, count: int) -> None:
+        """``count`` of class ``number`` were used again and are waited for in class ``following``: the first began at
+        ``since`` and was used at ``now``, and each of the others one later than the one before it, both times."""
+        self._used[number][bucket(now - since)] += count
+        self._seen += count
+        waiting, end = self._waiting, now + count
+        while now < end:
+            coarse = self._coarse
+            cell, into = since >> coarse << _CLASS_BITS | number, now >> coarse << _CLASS_BITS | following
+            known, some = into in waiting, 1
+            if known:  # so many are of the same two cells
+                last = (1 << coarse) - 1
+                some = min(end - now, (since | last) + 1 - since, (now | last) + 1 - now)
+            since += some
+            now += some
+            if cell == into and known:
+                continue
+            left = waiting.get(cell, 0)
+            if left > some:
+                waiting[cell] = left - some
+            elif left:
+                del waiting[cell]
+            if known:
+                waiting[into] += some
+                continue
+            waiting[into] = 1
+            if len(waiting) > _MAX_CELLS:
+                self._coarsen()
+                waiting = self._waiting
+
     def used(self, number: int, since: int, now: int) -> None:
-        """What began at ``since`` was used again. Every hit comes through here: no further calls."""
-        age = now - since
-        octave = age.bit_length() - 1
-        self._used[number][octave * _PER_OCTAVE + (age << 2 >> octave & 3)] += 1.0
+        """What began at ``since`` was used again, and is not waited for yet."""
+        self._used[number][bucket(now - since)] += 1.0
         self._seen += 1
         cell = since >> self._coarse << _CLASS_BITS | number
         waiting = self._waiting
@@ -127,10 +155,15 @@ class ReuseTimes:
     def _at_risk(self, now: int, top: int) -> list[list[float]]:
         """Per class and bucket: how many came to this age. Those who ended in it without a use count half."""
         ended = [list(lost[:top]) for lost in self._lost]
-        half = 1 << self._coarse >> 1
+        coarse = self._coarse
+        now -= 1 << coarse >> 1
         for cell, count in self._waiting.items():
-            age = now - ((cell >> _CLASS_BITS << self._coarse) + half)
-            ended[cell & CLASSES - 1][min(bucket(max(1, age)), top - 1)] += count
+            age = now - (cell >> _CLASS_BITS << coarse)
+            if age < 1:
+                age = 1
+            octave = age.bit_length() - 1
+            at = octave * _PER_OCTAVE + (age << 2 >> octave & 3)
+            ended[cell & CLASSES - 1][at if at < top else -1] += count
         risks = []
         for used, others in zip(self._used, ended, strict=True):
             risk = [0.0] * top
@@ -148,24 +181,30 @@ class ReuseTimes:
         ``hits`` and ``held`` are for one that begins; given that it came to an age, both grow by one factor beyond.
         The steepest ways are the tangents of the curve's upper hull, found from its end backwards.
         """
-        hits, held, alive = [0.0], [0.0], 1.0
-        for at, shared in enumerate(common):
-            hazard = min(1.0, (used[at] + _PRIOR * shared) / (risk[at] + _PRIOR))
-            hits.append(hits[-1] + alive * hazard)
-            held.append(held[-1] + alive * (1.0 - hazard / 2) * _WIDTHS[at])
+        points = [(0.0, 0.0)]
+        x, y, alive = 0.0, 0.0, 1.0
+        for seen, at_risk, shared, width in zip(used, risk, common, _WIDTHS, strict=False):
+            hazard = (seen + _PRIOR * shared) / (at_risk + _PRIOR)
+            if hazard > 1.0:
+                hazard = 1.0
+            x += alive * (1.0 - hazard / 2) * width
+            y += alive * hazard
             alive *= 1.0 - hazard
-        hull = [len(common)]
+            points.append((x, y))
+        top_x, top_y = points.pop()  # of the hull; what it rests on is below
+        hull: list[tuple[float, float]] = []
         worth = [0.0] * len(common)
         for at in range(len(common) - 1, -1, -1):
-            x, y = held[at], hits[at]
-            steepest = _slope(x, y, held[hull[-1]], hits[hull[-1]])
-            while len(hull) > 1 and (other := _slope(x, y, held[hull[-2]], hits[hull[-2]])) >= steepest:
-                hull.pop()
+            x, y = points[at]
+            steepest = (top_y - y) / (top_x - x) if top_x > x else 0.0
+            while hull:
+                to_x, to_y = hull[-1]
+                other = (to_y - y) / (to_x - x) if to_x > x else 0.0
+                if other < steepest:
+                    break
+                top_x, top_y = hull.pop()
                 steepest = other
             worth[at] = steepest
-            hull.append(at)
+            hull.append((top_x, top_y))
+            top_x, top_y = x, y
         return worth + [worth[-1]] * (BUCKETS - len(common))
-
-
-def _slope(x: float, y: float, to_x: float, to_y: float) -> float:
-    return (to_y - y) / (to_x - x) if to_x > x else 0.0

@@ -38,6 +38,7 @@ class RoomMaker:
         self._compared = False
         self._full = False
         self._next: Chunk | None = None  # the victim, when that is known
+        books.settle()
 
     def slot(self, newcomer: bytes | None = None, parent: Chunk | None = None) -> int | None:
         """Offset of a slot, made free by eviction if need be; None when nothing can be evicted now.
@@ -189,6 +190,7 @@ def keep_free(books: Books) -> None:
                 left -= ahead
                 most_bytes -= ahead * space.slot_bytes
     books.wanted.clear()
+    books.settle()
     while books.shares is not None and left > 0 and (chunk := books.shares.beyond()) is not None:
         books.counters.evicted_chunks += books.evict(chunk)
         left -= 1

@@ -7,6 +7,7 @@ a node that comes back to it has the place that it had.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kvd.ledger.ghosts import Ghosts
@@ -69,10 +70,11 @@ class S3Fifo(Generic[N]):
         if not queues.members:
             del self._queues[node.size_class]
 
-    def touch(self, node: N, before: int) -> None:
-        """A request has used ``node``."""
-        if node.mark & _MOST_USES < _MOST_USES:
-            node.mark += 1
+    def touch(self, nodes: Sequence[N]) -> None:
+        """A request has used ``nodes``."""
+        for node in nodes:
+            if node.mark & _MOST_USES < _MOST_USES:
+                node.mark += 1
 
     def missed(self, space: Space, key: bytes) -> None:
         """Nothing to do."""

@@ -14,7 +14,7 @@ is under one more.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kvd.ledger.eviction import EvictionPolicy
@@ -126,9 +126,10 @@ class SharedPolicy(Generic[N]):
         """``node`` may not be evicted any more."""
         self._account(node.space.namespace).policy.discard(node)
 
-    def touch(self, node: N, before: int) -> None:
-        """A request has used ``node``."""
-        self._account(node.space.namespace).policy.touch(node, before)
+    def touch(self, nodes: Sequence[N]) -> None:
+        """A request has used ``nodes``."""
+        if nodes:
+            self._account(nodes[0].space.namespace).policy.touch(nodes)
 
     def coldest(self, size_class: int) -> N | None:
         """The next victim for a newcomer who has no share."""

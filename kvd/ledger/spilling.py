@@ -170,7 +170,7 @@ class Spilling:
 
     def _queue_prefix(self, chunk: Chunk) -> None:
         """Queue ``chunk``, and before it what of its prefix has no record: parents are written first."""
-        prefix = []
+        prefix: list[Chunk] = []
         at: Chunk | None = chunk
         while at is not None and at.record is None and not at.to_write:
             if at in self._postponed and not self._scanned:

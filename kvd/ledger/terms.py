@@ -85,6 +85,41 @@ class Unwritten:
         """Nothing."""
 
 
+class Presence(Protocol):
+    """The published table of what can be found: clients look there before they ask.
+
+    A key can be found while it has a READY or STALE chunk in the pool, or a record on a disk that is not known to be
+    damaged. It is added when the first of them comes, and removed when the last has gone.
+    """
+
+    def add(self, namespace_id: bytes, key: bytes) -> None:
+        """The key can be found from now on."""
+
+    def remove(self, namespace_id: bytes, key: bytes) -> None:
+        """The key, which was added, can not be found any more."""
+
+
+@runtime_checkable
+class ReadablePresence(Protocol):
+    """A presence table that can be read back; the audit then compares it with the books."""
+
+    def __len__(self) -> int:
+        """Keys that were added and not removed."""
+
+    def may_hold(self, namespace_id: bytes, key: bytes) -> bool:
+        """Whether a client that looks for the key will ask."""
+
+
+class Unpublished:
+    """The ``Presence`` of a store whose clients always ask."""
+
+    def add(self, namespace_id: bytes, key: bytes) -> None:
+        """Nothing."""
+
+    def remove(self, namespace_id: bytes, key: bytes) -> None:
+        """Nothing."""
+
+
 class Budget(Protocol):
     """How much may be written to the disks (``kvd.spill.budget``)."""
 
@@ -176,6 +211,8 @@ class IoTicket:
 
     id: int
     session: SessionId
+    #: Of a READ, per item: the XXH3-64 of its bytes, where it is known without reading them.
+    checksums: tuple[int | None, ...] = ()
 
 
 @dataclass(slots=True)

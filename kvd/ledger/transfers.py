@@ -11,6 +11,7 @@ from kvd.ledger.leases import SessionBook
 from kvd.ledger.terms import IoTicket
 from kvd.types import LeaseId
 from kvd.wire.frames import MAX_RUNS, Item, ItemStatus, Op
+from kvd.wire.spans import whole
 
 
 class Transfer(NamedTuple):
@@ -34,6 +35,7 @@ class Transfers:
         """Pin what the lease allows to be moved; one status per item."""
         chunks: list[Chunk | None] = []
         statuses = []
+        checksums = []
         for item in items:
             chunk = self._leased(book, op, lease_id, item)
             if chunk is None:
@@ -48,9 +50,12 @@ class Transfers:
                 else:
                     chunk.draft.writes += 1
             chunks.append(chunk)
+            # One that is being written has none yet.
+            whole_chunk = chunk is not None and item.span == whole(chunk.space.namespace.chunk_bytes)
+            checksums.append(chunk.checksum if chunk is not None and whole_chunk else None)
         self._last_id += 1
         self.under_way[self._last_id] = Transfer(op, chunks)
-        return IoTicket(self._last_id, book.id), statuses
+        return IoTicket(self._last_id, book.id, tuple(checksums)), statuses
 
     def end(self, ticket: IoTicket, failed: Collection[int], quarantine_until: float) -> None:
         """Let go of what the transfer pinned. Items of a write in ``failed`` poison their chunks. Twice is once."""

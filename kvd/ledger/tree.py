@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kvd.ledger.eviction import EvictionPolicy
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 N = TypeVar("N", bound=Node)
 
 
+def _nothing() -> None:
+    """Who is asked for uses that wait when none do."""
+
+
 class Tree(Generic[N]):
     """Nodes of one tier, every one the child of a node of the same tier or a root."""
 
@@ -25,17 +30,18 @@ class Tree(Generic[N]):
         self.pins: Pinned[N] | None = None
         self.expiry = Expiry()
         self.last_stamp = 0
+        #: Puts uses that wait (``kvd.ledger.uses``) into the tree; called before anything is decided by them.
+        self.settle: Callable[[], None] = _nothing
 
     def hold(self, node: N) -> None:
         """One more reason not to evict ``node``. O(1), and O(depth) when nothing of its prefix was held."""
+        if node.evictable:  # what is above it is not: it has children
+            self.policy.discard(node)
         at: N | None = node
         while at is not None:
             at.holds += 1
             if at.holds > 1:
                 return
-            self._held(at, 1)
-            if at.evictable:
-                self.policy.discard(at)
             at = at.parent
 
     def unhold(self, node: N) -> None:
@@ -44,18 +50,34 @@ class Tree(Generic[N]):
         while at is not None:
             at.holds -= 1
             if at.holds:
-                return
-            self._held(at, -1)
-            if at.first_child is None:
-                self.policy.add(at)
+                break
             at = at.parent
+        if not node.holds and node.first_child is None:
+            self.policy.add(node)
 
     def touch(self, node: N) -> None:
         """A request has used ``node``, which is in the policy's hands."""
-        self.policy.touch(node, self._stamp(node))
+        self.use((node,), self.stamps(1))
+
+    def stamps(self, count: int) -> int:
+        """Give out ``count`` stamps; the one before the first of them."""
+        before = self.last_stamp
+        self.last_stamp = before + count
+        return before
+
+    def use(self, nodes: Sequence[N], stamp: int) -> None:
+        """A request has used ``nodes`` of one namespace, parents before their children, all in the policy's hands.
+        They get the stamps after ``stamp``, which were given out for them."""
+        for node in nodes:
+            stamp += 1
+            node.touched = stamp
+            node.uses += 1
+        self.policy.touch(nodes)
 
     def lift(self, node: N | None) -> None:
         """Something below ``node`` is going to be used: ``node`` and all above it are not to expire before it."""
+        if node is not None and node.touched <= self.expiry.opened:
+            self.settle()  # a use of it may wait
         path = []
         while node is not None and node.touched <= self.expiry.opened:
             path.append(node)
@@ -82,9 +104,6 @@ class Tree(Generic[N]):
         before, node.touched = node.touched, stamp
         node.uses += 1
         return before
-
-    def _held(self, node: N, change: int) -> None:
-        """``node`` may not be evicted from now on (1), or may (-1)."""
 
     def _unlink(self, node: N) -> None:
         """Take a node without children from its parent."""

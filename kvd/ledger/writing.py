@@ -72,9 +72,9 @@ class Writing:
     ) -> int | None:
         if book.writing_bytes + slot_bytes > self._max_writing_bytes:
             return None
-        if parent is None:
-            return room.slot(key)
-        self._books.hold(parent)  # it may be an evictable leaf still
+        if parent is None or parent.holds:
+            return room.slot(key, parent)
+        self._books.hold(parent)  # it may be an evictable leaf
         try:
             return room.slot(key, parent)
         finally:

@@ -7,8 +7,8 @@ import mmap
 import os
 from dataclasses import dataclass
 
-from kvd.memory.host import Available, available_memory, free_huge_pages, shmem_huge_policy
-from kvd.memory.syscalls import HUGETLBFS_MAGIC, TMPFS_MAGIC, filesystem_magic
+from kvd.memory.host import Available, available_memory, free_huge_pages, shmem_huge_policy, tmpfs_huge_policy
+from kvd.memory.syscalls import F_SEAL_FUTURE_WRITE, HUGETLBFS_MAGIC, TMPFS_MAGIC, filesystem_magic
 
 PAGE_BYTES = mmap.PAGESIZE
 
@@ -51,20 +51,20 @@ def available_bytes(directory: str | None, huge_pages: bool, size: int) -> Avail
 def anonymous_backing(size: int, *, huge_pages: bool = False) -> Backing:
     """A memfd of ``size`` bytes, cut to whole pages. Nothing of it outlives its last user.
 
-    With ``huge_pages`` it lies in the hugetlb pool if that has room, else on transparent huge pages if the kernel gives
-    them, else on ordinary pages, and ``note`` says so. Raises OSError.
+    On transparent huge pages where the kernel gives them to shared memory, else on ordinary pages. With ``huge_pages``
+    it lies in the hugetlb pool if that has room, and ``note`` says so when there are no huge pages at all: those of the
+    hugetlb pool were set aside for somebody, so they are not taken unasked. Raises OSError.
     """
-    if not huge_pages:
-        return _memfd(size, PAGE_BYTES)
     free, huge_bytes = free_huge_pages()
-    if huge_bytes and huge_bytes <= size <= free * huge_bytes:
+    if huge_pages and huge_bytes and huge_bytes <= size <= free * huge_bytes:
         try:
             return _memfd(size, huge_bytes, os.MFD_HUGETLB, kind="hugetlb memfd")
         except OSError:
             pass  # somebody else took them: ordinary pages, said below
-    policy = shmem_huge_policy()
-    if policy != "never":
+    if shmem_huge_policy() != "never":
         return _memfd(size, PAGE_BYTES, advise_huge=True)
+    if not huge_pages:
+        return _memfd(size, PAGE_BYTES)
     note = (
         f"no huge pages: {free} free in the hugetlb pool (see vm.nr_hugepages) "
         "and transparent ones are off for shared memory (see transparent_hugepage/shmem_enabled)"
@@ -88,6 +88,23 @@ def _memfd(
     return Backing(fd, size, page_bytes, kind, advise_huge, note)
 
 
+def published_memory(name: str, size: int) -> tuple[int, mmap.mmap]:
+    """``size`` bytes that this process writes and everybody else can only read: a descriptor for them, and the mapping.
+
+    Raises OSError.
+    """
+    writable = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(writable, size)
+        mapping = mmap.mmap(writable, size)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
+        # After this no descriptor of the file, however it was opened, gives a writable mapping or takes a write.
+        fcntl.fcntl(writable, fcntl.F_ADD_SEALS, seals)
+        return os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC), mapping
+    finally:
+        os.close(writable)
+
+
 def whole_pages(size: int, directory: str) -> tuple[int, int]:
     """``size`` cut to whole pages of the file system of ``directory``, and the bytes of such a page."""
     huge = filesystem_magic(directory) == HUGETLBFS_MAGIC
@@ -98,8 +115,8 @@ def whole_pages(size: int, directory: str) -> tuple[int, int]:
 def named_backing(path: str, fd: int, size: int, *, huge_pages: bool = False) -> Backing:
     """The file ``path``, open as ``fd``, as memory of ``size`` bytes; it is made so large when it is empty.
 
-    Its file system decides about the pages: a hugetlbfs has huge ones; the mount options of a tmpfs say whether
-    ``huge_pages`` means something ("huge=advise" needs to be asked, "huge=always" does not). Raises OSError.
+    Its file system decides about the pages: a hugetlbfs has huge ones, and a tmpfs gives them when it was mounted with
+    "huge="; ``note`` says so when it was not and ``huge_pages`` asks for them. Raises OSError.
     """
     directory = os.path.dirname(path)
     size, page_bytes = whole_pages(size, directory)
@@ -108,8 +125,11 @@ def named_backing(path: str, fd: int, size: int, *, huge_pages: bool = False) ->
         os.ftruncate(fd, size)
         if huge:
             _reserve(fd, size)
-    kind = f"hugetlbfs file in {directory}" if huge else f"file in {directory}"
-    return Backing(fd, size, page_bytes, kind, advise_huge=huge_pages and not huge)
+    if huge:
+        return Backing(fd, size, page_bytes, f"hugetlbfs file in {directory}")
+    given = tmpfs_huge_policy(directory) != "never"
+    note = "" if given or not huge_pages else f"no huge pages: {directory} lies on a tmpfs mounted without huge=advise"
+    return Backing(fd, size, page_bytes, f"file in {directory}", advise_huge=given, note=note)
 
 
 def _reserve(fd: int, size: int) -> None:

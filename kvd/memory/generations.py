@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 from collections.abc import Iterable
 
 from kvd.failpoints import reach
-from kvd.memory import syscalls
+from kvd.memory.backing import published_memory
 from kvd.memory.files import Unusable, create_own, open_own
 from kvd.types import Location, SlotEntry
 from kvd.wire.lifeline import GRANULE_BYTES, TABLE_HEADER, TABLE_HEADER_BYTES, TABLE_MAGIC, WORD_BYTES
@@ -35,16 +34,7 @@ class GenerationTable:
     @classmethod
     def anonymous(cls, data_bytes: int, daemon_id: int, segment: int = 0) -> GenerationTable:
         """A table that ends with its last user. Nobody else can ever write it. Raises OSError."""
-        writable = os.memfd_create("kvd-generations", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(writable, table_bytes(data_bytes))
-            mapping = mmap.mmap(writable, table_bytes(data_bytes))
-            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | syscalls.F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
-            # After this no descriptor of the file, however it was opened, gives a writable mapping or takes a write.
-            fcntl.fcntl(writable, fcntl.F_ADD_SEALS, seals)
-            table = cls(os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC), mapping, segment)
-        finally:
-            os.close(writable)
+        table = cls(*published_memory("kvd-generations", table_bytes(data_bytes)), segment)
         table._write_header(data_bytes, daemon_id)
         return table
 

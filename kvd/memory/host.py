@@ -34,12 +34,26 @@ def free_huge_pages(
 
 
 def shmem_huge_policy(path: str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled") -> str:
-    """What the kernel does for huge pages in shared memory: ``never``, ``advise``, ``always``, ..."""
+    """What the kernel does for huge pages in anonymous shared memory: ``never``, ``advise``, ``always``, ..."""
     try:
         with open(path) as file:
-            return file.read().partition("[")[2].partition("]")[0] or "never"
+            policy = file.read().partition("[")[2].partition("]")[0] or "never"
     except OSError:
         return "never"
+    return {"deny": "never", "force": "always"}.get(policy, policy)
+
+
+def tmpfs_huge_policy(directory: str, proc: str = "/proc") -> str:
+    """What the tmpfs that holds ``directory`` was mounted to do for huge pages, in the same words."""
+    try:
+        device = os.stat(directory).st_dev
+        with open(os.path.join(proc, "self/mountinfo")) as file:
+            mounts = [line.split() for line in file]
+    except OSError:
+        return "never"
+    number = f"{os.major(device)}:{os.minor(device)}"
+    options = [option for mount in mounts if mount[2] == number for option in mount[-1].split(",")]
+    return next((option.removeprefix("huge=") for option in options if option.startswith("huge=")), "never")
 
 
 def _meminfo(proc: str) -> dict[str, int]:

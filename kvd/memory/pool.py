@@ -153,9 +153,7 @@ def _header(files: PoolFiles, size: int, page_bytes: int, huge_pages: bool) -> H
     with open(_BOOT_ID) as file:
         boot_id = bytes.fromhex(file.read().strip().replace("-", ""))
     try:
-        pool, generations, holders = (
-            os.lstat(path).st_ino for path in (files.pool, files.generations, files.holders)
-        )
+        pool, generations, holders = (os.lstat(path).st_ino for path in (files.pool, files.generations, files.holders))
     except FileNotFoundError as error:
         raise Unusable(f"{os.path.basename(error.filename)} is missing") from None
     return Header(size, region_bytes_for(size), page_bytes, int(huge_pages), pool, generations, holders, boot_id)

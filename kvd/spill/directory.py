@@ -1,4 +1,4 @@
-"""A spill directory on a file system: ``DIR/kvd-spill`` with its lock, superblock, namespaces and extents.
+"""A spill directory on a file system: ``DIR/kvd-spill`` with its lock, superblock, namespaces, extents, their indexes.
 
 Only files whose names are ours are ever removed.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from kvd.lock import PathLock
 from kvd.spill import superblock as superblocks
-from kvd.spill.extents import extent_bytes_for, extents_in
+from kvd.spill.extents import extent_bytes_for, extents_in, index_bytes_in
 from kvd.spill.files import Files
 from kvd.spill.record import PAGE_BYTES
 from kvd.spill.superblock import Superblock, Unusable
@@ -28,6 +28,7 @@ _LOCK = "lock"
 _NAMESPACES = "namespaces"
 _PROBE = "probe"
 _EXTENT = re.compile(r"(\d{8})\.extent")
+_INDEX = re.compile(r"(\d{8})\.index")
 #: A directory of another size keeps its extents, and what is in them, unless it would have fewer than this.
 _MIN_EXTENTS = 4
 
@@ -41,6 +42,7 @@ class Directory:
     identity: tuple[int, int]  # device and inode of the lock file
     superblock: Superblock
     extents: int
+    index_bytes: int  # at most, of one extent's index
     direct: bool
 
     @property
@@ -50,7 +52,11 @@ class Directory:
 
     def extent_path(self, number: int) -> str:
         """The file of an extent."""
-        return os.path.join(self.path, f"{number:08d}.extent")
+        return _extent_path(self.path, number)
+
+    def index_path(self, number: int) -> str:
+        """The file of an extent's index."""
+        return _index_path(self.path, number)
 
 
 def open_directory(parent: str, size_bytes: int, files: Files) -> Directory:
@@ -69,11 +75,14 @@ def open_directory(parent: str, size_bytes: int, files: Files) -> Directory:
         _make_way(path)
         for number in existing_extents(path, files):
             if number >= extents:  # the tier was larger once
-                files.remove(os.path.join(path, f"{number:08d}.extent"))
+                files.remove(_extent_path(path, number))
+        for number in _existing_indexes(path, files).difference(existing_extents(path, files)):
+            files.remove(_index_path(path, number))  # of an extent that is gone
         direct = _takes_direct(os.path.join(path, superblocks.FILES[0]))
         if not direct:
             log.warning("%s: this file system has no direct I/O; the page cache will hold what is spilled too", path)
-        return Directory(path, lock, _identity(lock_path), superblock, extents, direct)
+        index_bytes = index_bytes_in(size_bytes, superblock.extent_bytes)
+        return Directory(path, lock, _identity(lock_path), superblock, extents, index_bytes, direct)
     except BaseException:
         lock.release()
         raise
@@ -119,6 +128,18 @@ def existing_extents(path: str, files: Files) -> list[int]:
     return sorted(int(found[1]) for found in matches if found)
 
 
+def _existing_indexes(path: str, files: Files) -> set[int]:
+    return {int(found[1]) for name in files.names(path) if (found := _INDEX.fullmatch(name))}
+
+
+def _extent_path(path: str, number: int) -> str:
+    return os.path.join(path, f"{number:08d}.extent")
+
+
+def _index_path(path: str, number: int) -> str:
+    return os.path.join(path, f"{number:08d}.index")
+
+
 def probe(directory: Directory, files: Files) -> None:
     """Writes a page, and reads it back. Raises OSError when the drive does not do that."""
     path = os.path.join(directory.path, _PROBE)
@@ -151,9 +172,11 @@ def _make(path: str) -> None:
 
 
 def _make_way(path: str) -> None:
-    """Only plain files may have the names of extents: of anything else the name is taken away, a directory is kept."""
+    """Only plain files may have the names of extents and indexes: of anything else the name is taken away, a directory
+    is kept."""
     with os.scandir(path) as entries:
-        foreign = [one for one in entries if _EXTENT.fullmatch(one.name) and not one.is_file(follow_symlinks=False)]
+        named = [one for one in entries if _EXTENT.fullmatch(one.name) or _INDEX.fullmatch(one.name)]
+    foreign = [one for one in named if not one.is_file(follow_symlinks=False)]
     for entry in foreign:
         log.warning("%s is no plain file; out of the way", entry.path)
         if entry.is_dir(follow_symlinks=False):
@@ -176,7 +199,7 @@ def _superblock(path: str, wanted: int, size_bytes: int, files: Files) -> Superb
     if why:
         log.warning("%s: %s; it starts anew, empty", path, why)
     for number in existing_extents(path, files):  # nobody can read them any more
-        files.remove(os.path.join(path, f"{number:08d}.extent"))
+        files.remove(_extent_path(path, number))
     return superblocks.create(path, wanted)
 
 

@@ -222,7 +222,7 @@ class Drive:
                 self._tell(lambda watcher: watcher.lost(self.index, [place.extent]))
             raise
         if begun:
-            self._wake.set()  # the extent before it is probably full: to sync it
+            self.sync()  # the extent before it is probably full
 
     def namespaces(self) -> dict[bytes, Namespace]:
         """The namespaces that are described here. Raises OSError, DriveFailed."""
@@ -234,6 +234,10 @@ class Drive:
     def give_back(self, spares: Iterable[Spare]) -> None:
         """Free extents whose files the keeper may remove while the file system has too little room."""
         self._spares = list(spares)
+        self._wake.set()
+
+    def sync(self) -> None:
+        """What was written is on the disk, and in the indexes, soon."""
         self._wake.set()
 
     def failed(self, error: BaseException) -> None:

@@ -14,7 +14,9 @@ from kvd.failpoints import reach
 from kvd.spill.directory import Directory, existing_extents
 from kvd.spill.extents import Spare
 from kvd.spill.files import Files, write_at
-from kvd.spill.record import PAGE_BYTES, pack_extent
+from kvd.spill.index import Run
+from kvd.spill.index_files import IndexFiles
+from kvd.spill.record import PAGE_BYTES, Header, pack_extent
 from kvd.types import Place
 
 _RUN_BYTES = 8
@@ -67,6 +69,7 @@ class ExtentFiles:
         self._lives: dict[int, _Life] = {}
         self._former: dict[int, bytes] = {}  # the lives that a former daemon has begun
         self._dirty: set[int] = set()
+        self._indexes = IndexFiles(directory, files, floor_bytes)
 
     @property
     def existing(self) -> tuple[int, ...]:
@@ -83,10 +86,21 @@ class ExtentFiles:
         """The life that the extent has, begun by a former daemon: it may be continued."""
         self._former[number] = life
 
+    def index(self, number: int, run: Run) -> None:
+        """What a scan has found of a life that may be continued: the index shall have all of it, and what follows."""
+        if run.entries:
+            with self._lock:
+                self._dirty.add(number)  # the former daemon may not have synced what it wrote
+        self._indexes.go_on(number, run)
+
     def open(self, number: int, flags: int) -> OpenFile:
         """The file of an extent, for a ``with`` statement. FileNotFoundError when it is gone."""
         direct = os.O_DIRECT if self._directory.direct else 0
         return OpenFile(self._files, self._directory.extent_path(number), flags | direct)
+
+    def open_index(self, number: int) -> OpenFile:
+        """The index of an extent, to be read, for a ``with`` statement. FileNotFoundError when there is none."""
+        return OpenFile(self._files, self._directory.index_path(number), os.O_RDONLY | os.O_NONBLOCK)
 
     def is_ready(self, place: Place) -> bool:
         """Whether records of this life of the extent may be written. Raises Outlived when it is over."""
@@ -111,17 +125,20 @@ class ExtentFiles:
                 return False
             self._allocate(place.extent)
             self._write_header(place)
+            self._indexes.begin(place.extent, self.life_of(place))
             life.ready = True
         return True
 
-    def wrote(self, place: Place) -> None:
-        """A record has been written to ``place``."""
-        if place.extent not in self._dirty:
+    def wrote(self, header: Header) -> None:
+        """The record with this header has been written."""
+        if header.extent not in self._dirty:
             with self._lock:
-                self._dirty.add(place.extent)
+                self._dirty.add(header.extent)
+        self._indexes.add(header)
 
     def sync(self) -> None:
-        """Everything written so far is on the disk when this returns."""
+        """Everything written so far is on the disk when this returns, and then in the indexes."""
+        complete = self._indexes.complete()  # its extents are dirty, or have been synced
         with self._lock:
             dirty, self._dirty = self._dirty, set()
         try:
@@ -134,6 +151,7 @@ class ExtentFiles:
         finally:
             with self._lock:
                 self._dirty |= dirty
+        self._indexes.write(complete)
 
     def gone(self) -> list[int]:
         """Extents whose files have been removed by somebody else; each is said once."""
@@ -141,6 +159,8 @@ class ExtentFiles:
             lost = sorted(self._known.difference(existing_extents(self._directory.path, self._files)))
             for number in lost:
                 self._forget(number)
+        for number in lost:
+            self._indexes.remove(number)
         return lost
 
     def affordable(self) -> int:
@@ -161,6 +181,7 @@ class ExtentFiles:
                 life = self._lives.get(number)
                 if number in self._known and (life is None or life.number == last_life):
                     reach("spill.extent.remove.before")
+                    self._indexes.remove(number)
                     self._files.remove(self._directory.extent_path(number))
                     reach("spill.extent.remove.after")
                     self._forget(number)
@@ -172,6 +193,7 @@ class ExtentFiles:
         self._dirty.discard(number)
         self._lives.pop(number, None)
         self._former.pop(number, None)
+        self._indexes.forget(number)
 
     def _allocate(self, number: int) -> None:
         path = self._directory.extent_path(number)

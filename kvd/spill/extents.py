@@ -21,8 +21,9 @@ _MIN_EXTENT_BYTES = _MIB
 _MAX_EXTENT_BYTES = 1024 * _MIB
 #: Extents that a drive is cut into, unless that makes them too small or too large.
 _EXTENTS = 16
-#: Of a drive's share; kept for what is not extents: superblock, descriptions of namespaces.
-_DESCRIPTIONS_SHARE = 256
+#: Of a drive's share; kept for what is not extents: half of it for their indexes, the rest for superblock and
+#: descriptions of namespaces.
+_OTHER_SHARE = 256
 
 
 def extent_bytes_for(drive_bytes: int) -> int:
@@ -38,8 +39,14 @@ def extents_in(drive_bytes: int, extent_bytes: int) -> int:
     return _extents_share(drive_bytes) // extent_bytes
 
 
+def index_bytes_in(drive_bytes: int, extent_bytes: int) -> int:
+    """Most that the index of one of these extents may take of the drive."""
+    extents = max(1, extents_in(drive_bytes, extent_bytes))
+    return (drive_bytes - _extents_share(drive_bytes)) // 2 // extents // PAGE_BYTES * PAGE_BYTES
+
+
 def _extents_share(drive_bytes: int) -> int:
-    return drive_bytes - min(max(drive_bytes // _DESCRIPTIONS_SHARE, 1 << 18), 16 * _MIB)
+    return drive_bytes - max(drive_bytes // _OTHER_SHARE, 1 << 18)
 
 
 class Spare(NamedTuple):

@@ -33,6 +33,10 @@ class Files:
         """Gives the file ``length`` bytes on the disk; what it has of them already it keeps."""
         os.posix_fallocate(fd, 0, length)
 
+    def truncate(self, fd: int, length: int) -> None:
+        """ftruncate(2)."""
+        os.ftruncate(fd, length)
+
     def free_bytes(self, path: str) -> int:
         """Bytes free on the file system of ``path``, for this user."""
         found = os.statvfs(path)

@@ -3,10 +3,10 @@
     extent:  [extent header, 4 KiB][record][record]...
     record:  [record header, 4 KiB][stored bytes][padding to 4 KiB]
 
-A header says all there is to say of its record, and where it lies, so extents need no index beside them. Its last 16
-bytes are a BLAKE2b of what comes before, keyed with the secret of the directory: payload is chosen by clients, and a
-scan that looks for the next header after a damaged one must never take payload for it. ``life`` is new each time an
-extent is filled anew; a record counts only in the life that the extent's header names.
+A header says all there is to say of its record, and where it lies; an index beside the extent (``kvd.spill.index``) is
+a shortcut only. Its last 16 bytes are a BLAKE2b of what comes before, keyed with the secret of the directory: payload
+is chosen by clients, and a scan that looks for the next header after a damaged one must never take payload for it.
+``life`` is new each time an extent is filled anew; a record counts only in the life that the extent's header names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 
 SECRET_BYTES = 32
 LIFE_BYTES = 16
-_CHECK_BYTES = 16
+CHECK_BYTES = 16
 _RECORD_MAGIC = b"kvd:rec\x01"
 _EXTENT_MAGIC = b"kvd:ext\x01"
 #: The magic of a record header as a native 64-bit word.
@@ -99,7 +99,7 @@ def pack_record(page: memoryview, header: Header, secret: bytes) -> None:
         header.key,
         header.parent,
     )
-    struct.pack_into("16s", page, _RECORD.size, _check(page[: _RECORD.size], secret))
+    struct.pack_into("16s", page, _RECORD.size, check_of(page[: _RECORD.size], secret))
 
 
 def parse_record(page: memoryview, secret: bytes, at: int = 0) -> Header | None:
@@ -107,8 +107,8 @@ def parse_record(page: memoryview, secret: bytes, at: int = 0) -> Header | None:
     fields = _RECORD.unpack_from(page, at)
     if fields[0] != _RECORD_MAGIC or fields[1] != FORMAT_VERSION:
         return None
-    view = page[at : at + _RECORD.size + _CHECK_BYTES]
-    if _check(view[: _RECORD.size], secret) != view[_RECORD.size :]:
+    view = page[at : at + _RECORD.size + CHECK_BYTES]
+    if check_of(view[: _RECORD.size], secret) != view[_RECORD.size :]:
         return None
     (_, _, codec, parent_bytes, extent, layers, heads, offset, size, sequence, chunk_bytes, stored_bytes) = fields[:12]
     (checksum, stored_checksum, life, namespace_id, key, parent) = fields[12:]
@@ -134,7 +134,7 @@ def parse_record(page: memoryview, secret: bytes, at: int = 0) -> Header | None:
 def pack_extent(page: memoryview, extent: int, extent_bytes: int, life: bytes, secret: bytes) -> None:
     """Writes the header of an extent to the begin of ``page``."""
     _EXTENT.pack_into(page, 0, _EXTENT_MAGIC, FORMAT_VERSION, 0, extent, extent_bytes, life)
-    struct.pack_into("16s", page, _EXTENT.size, _check(page[: _EXTENT.size], secret))
+    struct.pack_into("16s", page, _EXTENT.size, check_of(page[: _EXTENT.size], secret))
 
 
 def parse_extent(page: memoryview, extent: int, secret: bytes) -> bytes | None:
@@ -142,10 +142,11 @@ def parse_extent(page: memoryview, extent: int, secret: bytes) -> bytes | None:
     magic, version, _, number, _, life = _EXTENT.unpack_from(page, 0)
     if magic != _EXTENT_MAGIC or version != FORMAT_VERSION or number != extent:
         return None
-    if _check(page[: _EXTENT.size], secret) != page[_EXTENT.size : _EXTENT.size + _CHECK_BYTES]:
+    if check_of(page[: _EXTENT.size], secret) != page[_EXTENT.size : _EXTENT.size + CHECK_BYTES]:
         return None
     return life  # type: ignore[no-any-return]
 
 
-def _check(content: memoryview, secret: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=_CHECK_BYTES, key=secret).digest()
+def check_of(content: bytes | memoryview, secret: bytes) -> bytes:
+    """What is written behind ``content``, so that it is believed to have been written here. ``CHECK_BYTES`` long."""
+    return hashlib.blake2b(content, digest_size=CHECK_BYTES, key=secret).digest()

@@ -1,8 +1,9 @@
-"""What a former daemon left on a drive: the headers of all its extents, read by several threads at once.
+"""What a former daemon left on a drive: the records of all its extents, found by several threads at once.
 
-A walk goes from header to header. Where one is damaged it looks for the next at every 4 KiB; only a header that was
-written here, for this place and in this life of the extent can be found. Payload is not read: it is checked when it
-is promoted.
+An extent's index says what its headers say, up to some record. From there on a walk goes from header to header, and
+what it finds comes into the index as well. Where a header is damaged it looks for the next at every 4 KiB; only a
+header that was written here, for this place and in this life of the extent can be found. Payload is not read: it is
+checked when it is promoted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvd.spill.drive import Drive, DriveFailed, DriveState
-from kvd.spill.files import Files
+from kvd.spill.files import Files, read_at
+from kvd.spill.index import Part, Run, parse_batch
 from kvd.spill.record import HEADER_BYTES, PAGE_BYTES, RECORD_WORD, Header, parse_extent, parse_record
 from kvd.types import Found, Place
 
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 
 THREADS = 8
 BATCH_RECORDS = 256
-#: What is read at once where records are short, or where a header is looked for.
+#: What is read at once of an index, where records are short, or where a header is looked for.
 _WINDOW_BYTES = 512 << 10
 #: From this length on records are passed over instead of read through.
 _LONG_BYTES = 64 << 10
@@ -104,9 +106,14 @@ class Scan:
 
     def _run(self) -> None:
         try:
-            with mmap.mmap(-1, _WINDOW_BYTES) as memory, memoryview(memory) as window:
+            with (
+                mmap.mmap(-1, _WINDOW_BYTES) as memory,
+                memoryview(memory) as window,
+                mmap.mmap(-1, _WINDOW_BYTES) as other_memory,
+                memoryview(other_memory) as index_window,
+            ):
                 while (extent := self._next()) is not None:
-                    self._scan(extent, window)
+                    self._scan(extent, window, index_window)
         except Exception:
             log.exception("%s: a thread of the scan has made a mistake", self._drive.path)
             self._stop.set()
@@ -116,6 +123,7 @@ class Scan:
                 last = not self._running
                 self.progress.seconds = time.monotonic() - self._begun
             if last and not self._stop.is_set():
+                self._drive.sync()  # what a walk has found comes into the indexes
                 self._ended()
 
     def _next(self) -> int | None:
@@ -126,43 +134,77 @@ class Scan:
             self._stop.wait(_WAIT_S)
         return None
 
-    def _scan(self, extent: int, window: memoryview) -> None:
+    def _scan(self, extent: int, window: memoryview, index_window: memoryview) -> None:
         skipped: Counter[str] = Counter()
-        batch: list[Found] = []
+        waiting: list[Found] = []
         records = 0
-        for header in self._headers(extent, window, skipped):
-            if not records:
-                self._drive.extents.found(extent, header.life)
-            batch.append(_found(self._drive.index, header))
-            records += 1
-            if len(batch) == BATCH_RECORDS:
-                self._found(Batch(self._drive.index, extent, batch, False))
-                batch = []
+        for found in self._all_of(extent, window, index_window, skipped):
+            records += len(found)
+            waiting += found
+            while len(waiting) >= BATCH_RECORDS and not self._stop.is_set():
+                self._found(Batch(self._drive.index, extent, waiting[:BATCH_RECORDS], False))
+                del waiting[:BATCH_RECORDS]
         if self._stop.is_set():
             return
-        self._found(Batch(self._drive.index, extent, batch, True))
+        self._found(Batch(self._drive.index, extent, waiting, True))
         with self._lock:
             self.progress.extents_done += 1
             self.progress.records += records
             self.progress.skipped += skipped
 
-    def _headers(self, extent: int, window: memoryview, skipped: Counter[str]) -> Iterator[Header]:
-        while not self._stop.is_set():
-            try:
-                with self._drive.extents.open(extent, os.O_RDONLY) as fd:
-                    reader = _Reader(self._drive, fd, window)
-                    yield from _walk(reader, extent, self._drive.directory.superblock.secret, skipped, self._stop)
-                return
-            except FileNotFoundError:
-                skipped["extent gone"] += 1
-                return
-            except OSError as error:
-                if error.errno == errno.EIO:
-                    skipped["unreadable extent"] += 1
+    def _all_of(
+        self, extent: int, window: memoryview, index_window: memoryview, skipped: Counter[str]
+    ) -> Iterator[list[Found]]:
+        """The records of an extent, in the order of their places."""
+        extents, secret = self._drive.extents, self._drive.directory.superblock.secret
+        try:
+            with extents.open(extent, os.O_RDONLY) as fd:
+                reader = _Reader(self._drive, fd, window)
+                life = _life(reader, extent, secret)
+                if life is None:
+                    skipped["extent without a header"] += 1
                     return
+                extents.found(extent, life)
+                run = Run(life)
+                for part in self._indexed(extent, run, reader, index_window, skipped):
+                    yield part.found
+                for header in _walk(reader, extent, run.end, life, secret, skipped, self._stop):
+                    run.add(header)
+                    yield [_found(self._drive.index, header)]
+                extents.index(extent, run)
+        except FileNotFoundError:
+            skipped["extent gone"] += 1
+        except OSError as error:
+            if error.errno != errno.EIO:
                 raise
-            except DriveFailed:
-                return
+            skipped["unreadable extent"] += 1
+        except DriveFailed:
+            return
+
+    def _indexed(
+        self, extent: int, run: Run, reader: _Reader, window: memoryview, skipped: Counter[str]
+    ) -> Iterator[Part]:
+        """What the index of an extent says, as far as it can be believed. ``run`` is what has been told of it."""
+        drive, secret = self._drive, self._drive.directory.superblock.secret
+        try:
+            with drive.extents.open_index(extent) as fd:
+                while not self._stop.is_set():
+                    with drive.operation():
+                        length = read_at(drive.files, fd, [window], run.size_bytes)
+                    parts = []
+                    at, begin = 0, run.end
+                    while part := parse_batch(window[at:length], drive.index, extent, run.life, begin, secret):
+                        parts.append(part)
+                        at, begin = at + part.size_bytes, part.end
+                    if not parts or not _is_there(reader, parts[-1].found[-1], run.life, secret):
+                        return
+                    for part in parts:
+                        run.skip(part)
+                        yield part
+        except FileNotFoundError:
+            return
+        except OSError:
+            skipped["unreadable index"] += 1
 
 
 class _Reader:
@@ -219,16 +261,36 @@ class _Reader:
         self._begin, self._length = at, done // PAGE_BYTES * PAGE_BYTES
 
 
-def _walk(
-    reader: _Reader, extent: int, secret: bytes, skipped: Counter[str], stop: threading.Event
-) -> Iterator[Header]:
-    """The headers of an extent's present life, in the order of their places."""
+def _life(reader: _Reader, extent: int, secret: bytes) -> bytes | None:
+    """The present life of an extent; None when its header does not say it."""
     first = reader.page(0, ahead=False) if reader.end else None
-    life = None if first is None else parse_extent(first, extent, secret)
-    if life is None:
-        skipped["extent without a header"] += 1
-        return
-    at, expected, ahead = HEADER_BYTES, True, False
+    return None if first is None else parse_extent(first, extent, secret)
+
+
+def _is_there(reader: _Reader, record: Found, life: bytes, secret: bytes) -> bool:
+    """Whether the header of a record says the same as the index does.
+
+    An index that is older than the extent, or on the disk without the records that should have been there before it,
+    does not get any further than to such a record.
+    """
+    place = record.place
+    page = reader.page(place.offset, ahead=False) if place.offset < reader.end else None
+    header = None if page is None else parse_record(page, secret)
+    unfit = _unfit(header, page, place.extent, place.offset, life, reader.end)
+    return header is not None and unfit is None and _found(place.drive, header) == record
+
+
+def _walk(
+    reader: _Reader,
+    extent: int,
+    at: int,
+    life: bytes,
+    secret: bytes,
+    skipped: Counter[str],
+    stop: threading.Event,
+) -> Iterator[Header]:
+    """The headers of an extent's present life from ``at`` on, in the order of their places."""
+    expected, ahead = True, False
     while at < reader.end and not stop.is_set():
         page = reader.page(at, ahead=ahead or not expected)
         header = None if page is None else parse_record(page, secret)

@@ -104,7 +104,7 @@ def write_record(drive: Drive, order: Write, pool: memoryview, buffers: Buffers)
             with drive.operation():
                 write_at(drive.files, fd, [buffers.page, source[:PIECE_BYTES]], place.offset)
             reach("spill.record.write.after")
-        drive.extents.wrote(place)
+        drive.extents.wrote(header)
 
 
 def read_record(drive: Drive, order: Read, pool: memoryview, buffers: Buffers) -> int:
@@ -169,10 +169,11 @@ def move_record(source: Drive, target: Drive, order: Move, buffers: Buffers) -> 
                 write_at(target.files, writing, [piece], order.target.offset + HEADER_BYTES + at)
         with _Blaming(target):
             reach("spill.move.header.before")
-            pack_record(buffers.page, _at(order.target, header, target), target.directory.superblock.secret)
+            header = _at(order.target, header, target)
+            pack_record(buffers.page, header, target.directory.superblock.secret)
             with target.operation():
                 write_at(target.files, writing, [buffers.page], order.target.offset)
-            target.extents.wrote(order.target)
+            target.extents.wrote(header)
     reach("spill.move.after")
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 from kvd.types import LeaseId, SessionId
 from kvd.wire.frames import (
-    CHECKSUM,
     FLAG_NO_CHECKSUM,
     ITEM,
     ITEM_STATUS,
@@ -23,7 +23,7 @@ from kvd.wire.frames import (
     Op,
     unpack_items,
 )
-from kvd.wire.stream import PIECE_BYTES, Stream
+from kvd.wire.stream import Payload, Stream
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,10 @@ class Authority(Protocol):
     def begin_io(
         self, session: SessionId, op: Op, lease_id: LeaseId, items: Sequence[Item]
     ) -> tuple[Any, Sequence[ItemStatus]]:
-        """A ticket and one status per item. The slots of OK items serve nobody else until ``end_io``."""
+        """A ticket and one status per item. The slots of OK items serve nobody else until ``end_io``.
+
+        ``checksums`` of the ticket of a READ: per item the XXH3-64 of its bytes where it is known, else None.
+        """
 
     def end_io(self, ticket: Any, failed: Collection[int]) -> None:
         """Nothing moves any more under ``ticket``. ``failed``: indices of items whose bytes did not arrive intact."""
@@ -102,7 +105,6 @@ class Answerer:
         self._segments = segments
         self._authority = authority
         self._observer = observer
-        self._scratch = memoryview(b"")
 
     def answer(self, request: Request) -> None:
         """Carries ``request`` out. Raises KvdError (the books refuse the session), TimeoutError or OSError; then the
@@ -110,29 +112,29 @@ class Answerer:
         begun = time.monotonic()
         ticket, given = self._authority.begin_io(self._session, request.op, request.lease_id, request.items)
         failed: set[int] = set()
-        moved_bytes = 0
         try:
-            memories = [
-                self._memory(item) if status == ItemStatus.OK else None
-                for item, status in zip(request.items, given, strict=True)
+            # What is known is not computed again; were the bytes not those any more, the client would see it.
+            known = ticket.checksums if request.op == Op.READ else repeat(None, len(given))
+            payloads = [
+                Payload(self._memory(item) if status == ItemStatus.OK else None, item.span, checksum)
+                for item, status, checksum in zip(request.items, given, known, strict=True)
             ]
             statuses = [
-                ItemStatus.BAD_SPAN if status == ItemStatus.OK and memory is None else status
-                for status, memory in zip(given, memories, strict=True)
+                ItemStatus.BAD_SPAN if status == ItemStatus.OK and payload.memory is None else status
+                for status, payload in zip(given, payloads, strict=True)
             ]
             if request.op == Op.READ:
-                moved_bytes = self._send(request, statuses, memories)
+                there = [payload for payload in payloads if payload.memory is not None]
+                self._stream.send_payloads(_reply(statuses), there, request.deadline, checked=request.checked)
             else:
                 # Until an item has arrived whole it has failed.
-                failed.update(i for i, memory in enumerate(memories) if memory is not None)
-                moved_bytes = self._receive(request, statuses, memories, failed)
+                failed.update(i for i, payload in enumerate(payloads) if payload.memory is not None)
+                self._receive(request, payloads, statuses, failed)
         finally:
             self._authority.end_io(ticket, failed)
         if request.op == Op.WRITE:
-            reply = bytearray(REPLY.pack(0, 0, len(statuses)))
-            for status in statuses:
-                reply += ITEM_STATUS.pack(status)
-            self._stream.send([memoryview(reply)], request.deadline)
+            self._stream.send([memoryview(_reply(statuses))], request.deadline)
+        moved_bytes = sum(payload.span.size for payload in payloads if payload.memory is not None)
         self._observer(request.op.name.lower(), moved_bytes, time.monotonic() - begun)
 
     def _memory(self, item: Item) -> memoryview | None:
@@ -144,48 +146,17 @@ class Answerer:
             return None
         return segment[item.offset : item.offset + item.span.end]
 
-    def _send(self, request: Request, statuses: Sequence[ItemStatus], memories: Sequence[memoryview | None]) -> int:
-        moved_bytes = 0
-        head = bytearray(REPLY.pack(0, 0, len(statuses)))
-        for item, status, memory in zip(request.items, statuses, memories, strict=True):
-            head += ITEM_STATUS.pack(status)
-            if memory is None:
-                continue
-            checksum = self._stream.send_payload(head, memory, item.span, request.deadline)
-            head = bytearray(CHECKSUM.pack(checksum) if request.checked else b"")
-            moved_bytes += item.span.size
-        if head:
-            self._stream.send([memoryview(head)], request.deadline)
-        return moved_bytes
-
     def _receive(
-        self,
-        request: Request,
-        statuses: list[ItemStatus],
-        memories: Sequence[memoryview | None],
-        failed: set[int],
-    ) -> int:
-        moved_bytes = 0
-        for i, (item, memory) in enumerate(zip(request.items, memories, strict=True)):
-            if memory is None:
-                self._discard(item.span.size, request.deadline)
-            else:
-                checksum = self._stream.receive_payload(memory, item.span, request.deadline)
-                moved_bytes += item.span.size
-            if request.checked:
-                (sent,) = CHECKSUM.unpack(self._stream.receive(CHECKSUM.size, request.deadline))
-                if memory is not None and sent != checksum:
-                    statuses[i] = ItemStatus.CHECKSUM
-                    log.warning("checksum mismatch in a write of %d bytes: the chunk is refused", item.span.size)
-                    continue
-            failed.discard(i)
-        return moved_bytes
+        self, request: Request, payloads: Sequence[Payload], statuses: list[ItemStatus], failed: set[int]
+    ) -> None:
+        arriving = self._stream.receive_payloads(payloads, request.deadline, checked=request.checked)
+        for i, intact in enumerate(arriving):
+            if intact:
+                failed.discard(i)
+            elif i in failed:
+                statuses[i] = ItemStatus.CHECKSUM
+                log.warning("checksum mismatch in a write of %d bytes: the chunk is refused", payloads[i].span.size)
 
-    def _discard(self, length_bytes: int, deadline: float) -> None:
-        """Takes the payload of a refused item off the wire."""
-        if not self._scratch:
-            self._scratch = memoryview(bytearray(PIECE_BYTES))
-        while length_bytes:
-            part = min(length_bytes, PIECE_BYTES)
-            self._stream.receive_into([self._scratch[:part]], deadline)
-            length_bytes -= part
+
+def _reply(statuses: Sequence[ItemStatus]) -> bytes:
+    return REPLY.pack(0, 0, len(statuses)) + b"".join(map(ITEM_STATUS.pack, statuses))

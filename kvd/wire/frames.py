@@ -1,19 +1,21 @@
 """The data plane: frames that move slot bytes over TCP. Little-endian, fixed sizes, no text.
 
-A connection begins with a handshake, then the client sends one request at a time and reads its answer::
+A connection begins with a handshake, then the client sends requests and reads their answers, which come in the same
+order; it may send the next request before the answer to the last has come::
 
     client                                   daemon
     HELLO  magic, version, session token ->
                                           <- HELLO_REPLY  magic, version, status
     REQUEST op=READ,  items              ->
-                                          <- REPLY; per item: status, then (OK only) payload, then its checksum
+                                          <- REPLY; all statuses; per item that is OK: payload, checksum
     REQUEST op=WRITE, items; per item: payload, checksum ->
-                                          <- REPLY; per item: status
+                                          <- REPLY; all statuses
 
 An item names a slot by (segment, offset, generation) and the bytes inside it by one ``Span``. The session's lease
 decides whether it may be touched: a read needs a live read lease on the slot, a write a write lease. The payload of
 an item is its runs one after the other; the checksum is XXH3-64 of the payload (https://xxhash.com), 8 bytes.
-A daemon that refuses an item of a WRITE still takes its payload off the wire, so the stream stays in step.
+A daemon that refuses an item of a WRITE still takes its payload off the wire, so the stream stays in step. Once the
+first byte of payload has come, the rest of the request or answer follows without waiting for the other side.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import NamedTuple
 from kvd.wire.spans import Span
 
 MAGIC = b"KVDD"
-VERSION = 1
+VERSION = 2
 TOKEN_BYTES = 16
 
 #: Most items in one request. A longer request is a protocol error: the daemon closes the connection.
@@ -49,7 +51,7 @@ class HelloStatus(IntEnum):
     """Answer to the handshake of a data connection."""
 
     OK = 0
-    BAD_VERSION = 1
+    BAD_VERSION = 2
     UNKNOWN_SESSION = 2
     TOO_MANY = 3
 

@@ -9,8 +9,18 @@ the client sees the end of file at once.
 process that the kernel reports for this socket. ``ATTACH`` joins a further process (a tensor-parallel worker, say) to a
 session that exists: its write leases end only when the lifelines of *all* its processes are closed.
 
-The daemon sends two descriptors per segment: the data (read-write), then the generation table (read-only). When the
-pool can outlive the daemon, one more comes last, the holder: an open file description with a read lock on the byte
+The descriptors come in this order:
+
+1. two per segment: the data (read-write), then the generation table (read-only);
+2. the call channel: one end of a stream socket for the frames of ``kvd/wire/calls.py``. Who has it asks in the name of
+   this lifeline's session. Before the lifeline is in a session calls are answered SESSION_UNKNOWN;
+3. when the daemon has one (WELCOME gives its size, otherwise 0), the presence table, read-only;
+4. when the pool can outlive the daemon, the holder.
+
+The kernel closes the channel with the lifeline when the process ends, but the lifeline's end of file alone is the
+proof that it has ended.
+
+**The holder** is an open file description with a read lock on the byte
 ``lock_offset(daemon id)`` of a file beside the pool. The client never maps or reads it. It keeps it open exactly as
 long as the lifeline: until nothing in this process refers to the pool's bytes on behalf of this connection. With the
 daemon the lifeline's proof is lost; the lock is not: the kernel keeps it until the last process that has the
@@ -26,20 +36,22 @@ bytes; otherwise it has a miss.
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import NamedTuple
 
 MAGIC = b"KVDL"
-VERSION = 2
+VERSION = 3
 #: Largest message in either direction.
 MAX_MESSAGE_BYTES = 4096
-#: Most segments in one WELCOME: two descriptors each and the holder, and the kernel passes at most 253 at a time.
+#: Most segments in one WELCOME: two descriptors each and three more, and the kernel passes at most 253 at a time.
 MAX_SEGMENTS = 64
-MAX_DESCRIPTORS = 2 * MAX_SEGMENTS + 1
+MAX_DESCRIPTORS = 2 * MAX_SEGMENTS + 3
 
 HELLO = struct.Struct("<4sHH16s")  # magic, version, Kind, session token (ATTACH) or zeros (OPEN)
-# Magic, version, Status, daemon id, ticket, number of segments, number of holders (0 or 1).
-WELCOME = struct.Struct("<4sHHQ16sII")
+# What a WELCOME of any version begins with: magic, version, Status.
+PREFIX = struct.Struct("<4sHH")
+# The prefix, daemon id, ticket, number of segments, number of holders (0 or 1), bytes of the presence table (0 = none).
+WELCOME = struct.Struct("<4sHHQ16sIIQ")
 SEGMENT = struct.Struct("<IIQQQ")  # index, granule bytes, data bytes, table bytes, page size of the backing
 
 TABLE_MAGIC = b"KVDGENS1"
@@ -51,6 +63,7 @@ WORD_BYTES = 8
 GRANULE_BYTES = 4096
 
 
+@unique
 class Kind(IntEnum):
     """Why a client connects."""
 
@@ -58,6 +71,7 @@ class Kind(IntEnum):
     ATTACH = 2
 
 
+@unique
 class Status(IntEnum):
     """Answer to HELLO; anything but OK comes without descriptors and ends the connection."""
 

@@ -1,7 +1,8 @@
 """A TCP connection of the data plane: whole transfers with deadlines, straight from and into memory that is given.
 
 Blocking calls with kernel timeouts (SO_RCVTIMEO, SO_SNDTIMEO) instead of a non-blocking socket: one ``recvmsg_into``
-with MSG_WAITALL then fills a whole piece without coming back to Python in between, which is twice as fast.
+with MSG_WAITALL then fills a whole piece without coming back to Python in between. SO_RCVLOWAT lets the thread sleep
+meanwhile: to wake it for every segment costs both sides more than the checksums do.
 """
 
 from __future__ import annotations
@@ -10,18 +11,43 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import xxhash
 
+from kvd.wire.frames import CHECKSUM
 from kvd.wire.spans import Span
 
 #: Bytes moved by one call: small enough to stay in the cache between the copy and the checksum.
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 2 << 20
+#: A receiver sleeps until so much has come, when the peer is bound to send so much. Less than a piece, so that the
+#: copying begins before the kernel's buffer is full and the peer has to wait.
+WAKE_BYTES = 1 << 20
 #: Most buffers in one call; the kernel takes at most 1024.
 MAX_VECTORS = 512
 
 _TIMEVAL = struct.Struct("ll")
 _SHORTEST_TIMEOUT_S = 0.001  # zero would mean: for ever
+_LONGEST_TIMEOUT_S = 1.0  # always the same while the deadline is far away: the kernel need not be told again
+
+
+class Payload(NamedTuple):
+    """The bytes of one item: the runs of ``span`` in ``memory``. Without memory they are received and dropped.
+
+    ``checksum``: their XXH3-64, if whoever sends them knows it already.
+    """
+
+    memory: memoryview | None
+    span: Span
+    checksum: int | None = None
+
+
+class _Place(NamedTuple):
+    """Where the next bytes are or go. ``hashed``: the checksum is over them; ``last``: they complete an item."""
+
+    view: memoryview
+    hashed: bool
+    last: bool
 
 
 class Stream:
@@ -33,6 +59,8 @@ class Stream:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self._wake_bytes = 1  # what the kernel was told last; so are these
+        self._timeouts_s = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A peer whose machine is gone never closes: find out within about a minute.
@@ -41,22 +69,12 @@ class Stream:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
-    def receive_into(self, views: Sequence[memoryview], deadline: float | None) -> None:
-        """Fills ``views``, at most MAX_VECTORS of them, none empty."""
-        while views:
-            self._set_timeout(socket.SO_RCVTIMEO, deadline)
-            try:
-                count = self._socket.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
-            except BlockingIOError:
-                continue  # the kernel's timeout: _set_timeout raises when it was the last
-            if count == 0:
-                raise ConnectionResetError("closed by the peer")
-            views = _rest(views, count)
-
     def receive(self, length_bytes: int, deadline: float | None) -> bytearray:
         """The next ``length_bytes`` (at least one) in memory of their own: for headers and tables."""
         out = bytearray(length_bytes)
-        self.receive_into([memoryview(out)], deadline)
+        rest = memoryview(out)
+        while rest:
+            rest = rest[self._receive_some([rest], deadline) :]
         return out
 
     def send(self, views: Sequence[memoryview], deadline: float | None) -> None:
@@ -69,25 +87,54 @@ class Stream:
                 continue
             views = _rest(views, count)
 
-    def receive_payload(self, memory: memoryview, span: Span, deadline: float) -> int:
-        """Receives the runs of ``span`` into their places in ``memory``; their XXH3-64."""
+    def send_payloads(
+        self, head: bytes | bytearray, payloads: Sequence[Payload], deadline: float, *, checked: bool
+    ) -> None:
+        """Sends ``head``, then the payloads, all with memory, each followed by its XXH3-64 when ``checked``."""
+        trailers = _trailers(len(payloads) if checked else 0)
         checksum = xxhash.xxh3_64()
-        for views in batches(memory, span):
-            self.receive_into(views, deadline)
-            for view in views:
-                checksum.update(view)
-        return checksum.intdigest()
-
-    def send_payload(self, head: bytes | bytearray, memory: memoryview, span: Span, deadline: float) -> int:
-        """Sends ``head``, then the runs of ``span`` in ``memory``; the XXH3-64 of the latter."""
-        checksum = xxhash.xxh3_64()
-        first = [memoryview(head)] if head else []
-        for views in batches(memory, span):
-            for view in views:
-                checksum.update(view)
-            self.send(first + views, deadline)
+        known = (payload.checksum for payload in payloads)
+        first = [memoryview(head)]
+        for places in _batches(payloads, trailers):
+            for view, hashed, last in places:
+                if hashed:
+                    checksum.update(view)
+                elif checked and last:
+                    told = next(known)
+                    CHECKSUM.pack_into(view, 0, checksum.intdigest() if told is None else told)
+                    checksum.reset()
+            self.send(first + [place.view for place in places], deadline)
             first = []
-        return checksum.intdigest()
+        self.send(first, deadline)  # nobody had a payload
+
+    def receive_payloads(self, payloads: Sequence[Payload], deadline: float, *, checked: bool) -> Iterator[bool]:
+        """Receives what ``send_payloads`` sends. For each payload, as soon as all of it has come: whether it is intact.
+
+        The answer for one without memory means nothing. The stream is out of step until the iterator is exhausted.
+        """
+        trailers = _trailers(len(payloads) if checked else 0)
+        checksum = xxhash.xxh3_64()
+        more_bytes = len(trailers) + sum(payload.span.size for payload in payloads)
+        number = 0
+        for batch in _batches(payloads, trailers):
+            places = batch
+            more_bytes -= sum(len(place.view) for place in places)
+            while places:
+                count = self._receive_some([place.view for place in places], deadline, more_bytes)
+                for done, (view, hashed, last) in enumerate(places):
+                    if hashed:
+                        checksum.update(view[:count])
+                    if count < len(view):
+                        places = [_Place(view[count:], hashed, last), *places[done + 1 :]]
+                        break
+                    count -= len(view)
+                    if last:
+                        sent = CHECKSUM.unpack_from(trailers, number * CHECKSUM.size) if checked else None
+                        yield sent is None or sent == (checksum.intdigest(),)
+                        checksum.reset()
+                        number += 1
+                else:
+                    places = []
 
     def ended(self) -> bool:
         """Whether the peer has closed, or has spoken out of turn; for a connection on which nothing is awaited."""
@@ -110,38 +157,73 @@ class Stream:
         """Closes the connection. Only by the thread that uses it."""
         self._socket.close()
 
+    def _receive_some(self, views: Sequence[memoryview], deadline: float | None, more_bytes: int = 0) -> int:
+        """One call: fills ``views``, none empty, or begins to; how many bytes have come.
+
+        ``more_bytes``: so many the peer sends after these, without waiting for anything.
+        """
+        # Bytes that are neither here nor promised must never be waited for, so this also falls towards the end.
+        wake_bytes = min(WAKE_BYTES, more_bytes) or 1
+        if wake_bytes != self._wake_bytes:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_bytes)
+            self._wake_bytes = wake_bytes
+        while True:
+            self._set_timeout(socket.SO_RCVTIMEO, deadline)
+            try:
+                count = self._socket.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+            except BlockingIOError:
+                continue  # the kernel's timeout: _set_timeout raises when it was the last
+            if count == 0:
+                raise ConnectionResetError("closed by the peer")
+            return count
+
     def _set_timeout(self, option: int, deadline: float | None) -> None:
-        remaining_s = 0.0
+        timeout_s = 0.0
         if deadline is not None:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
                 raise TimeoutError("the deadline has passed")
-            remaining_s = max(remaining_s, _SHORTEST_TIMEOUT_S)
-        seconds = int(remaining_s)
-        self._socket.setsockopt(
-            socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, int((remaining_s - seconds) * 1_000_000))
-        )
+            timeout_s = min(max(remaining_s, _SHORTEST_TIMEOUT_S), _LONGEST_TIMEOUT_S)
+        if timeout_s != self._timeouts_s[option]:
+            seconds = int(timeout_s)
+            value = _TIMEVAL.pack(seconds, int((timeout_s - seconds) * 1_000_000))
+            self._socket.setsockopt(socket.SOL_SOCKET, option, value)
+            self._timeouts_s[option] = timeout_s
 
 
-def batches(memory: memoryview, span: Span) -> Iterator[list[memoryview]]:
-    """The runs of ``span`` in ``memory`` (bytes), in order, cut for one call each.
+def _trailers(count: int) -> memoryview:
+    """Room for ``count`` checksums."""
+    return memoryview(bytearray(CHECKSUM.size * count))
 
-    At most PIECE_BYTES and MAX_VECTORS - 1 views: there is room for a header.
+
+def _batches(payloads: Sequence[Payload], trailers: memoryview) -> Iterator[list[_Place]]:
+    """All payloads, in order, each followed by its part of ``trailers`` if there are any, cut for one call each.
+
+    At most PIECE_BYTES of payload and MAX_VECTORS - 1 places: there is room for a header.
     """
-    views: list[memoryview] = []
+    drops = any(payload.memory is None for payload in payloads)
+    dropped = memoryview(bytearray(PIECE_BYTES if drops else 0))
+    places: list[_Place] = []
     room = PIECE_BYTES
-    for offset, length in span.runs():
-        while length:
-            part = min(length, room)
-            views.append(memory[offset : offset + part])
-            offset += part
-            length -= part
-            room -= part
-            if not room or len(views) == MAX_VECTORS - 1:
-                yield views
-                views, room = [], PIECE_BYTES
-    if views:
-        yield views
+    for number, (memory, span, known) in enumerate(payloads):
+        left = span.size
+        hashed = memory is not None and known is None and bool(trailers)
+        for offset, length in span.runs():
+            while length:
+                if not room or len(places) >= MAX_VECTORS - 2:
+                    yield places
+                    places, room = [], PIECE_BYTES
+                part = min(length, room)
+                view = dropped[:part] if memory is None else memory[offset : offset + part]
+                offset += part
+                length -= part
+                room -= part
+                left -= part
+                places.append(_Place(view, hashed, not (left or trailers)))
+        if trailers:
+            places.append(_Place(trailers[number * CHECKSUM.size : (number + 1) * CHECKSUM.size], False, True))
+    if places:
+        yield places
 
 
 def _rest(views: Sequence[memoryview], done_bytes: int) -> Sequence[memoryview]:

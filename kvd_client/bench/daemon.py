@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from types import TracebackType
 from typing import Self
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
+HTTP_TIMEOUT_S = 30.0
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -62,16 +64,35 @@ class BenchDaemon:
         answered = select.select([self._process.stdout], [], [], START_TIMEOUT_S)[0]
         line = self._process.stdout.readline() if answered else ""
         self.start_s = time.perf_counter() - began
-        tcp = re.search(r"tcp://\S+", line)
-        if tcp is None:
+        tcp, http = re.search(r"tcp://\S+", line), re.search(r"http://\S+", line)
+        if tcp is None or http is None:
             self._end()
             raise RuntimeError("the daemon did not start: see what it has said above")
-        self.tcp_endpoint = tcp.group()
+        self.tcp_endpoint, self._http = tcp.group(), http.group()
 
     def restart(self, *, crash: bool) -> None:
         """Ends it, by SIGKILL or properly, and starts it again with the same directories and the same socket."""
         self._end(crash=crash)
         self._start()
+
+    @property
+    def settings(self) -> str:
+        """Its flags, those that only name places left out."""
+        return " ".join(self._flags[self._flags.index("--pool") : self._flags.index("--log-level")])
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def loop_lag(self) -> list[tuple[float, float]]:
+        """How late its event loop has run so far: (bound in seconds, how often not later than that), bounds rising.
+
+        Raises OSError.
+        """
+        with urllib.request.urlopen(f"{self._http}/metrics", timeout=HTTP_TIMEOUT_S) as answer:
+            found = re.findall(r'kvd_event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)', answer.read().decode())
+        return [(float(bound), float(count)) for bound, count in found]
 
     def rss_bytes(self) -> int:
         """Resident memory of the daemon beside its pool: private pages, and files."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 GIB = 1 << 30
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,28 @@ def interleave(parts: Mapping[str, Callable[[], float]], rounds: int, warmup: in
 def figure(name: str, unit: str, samples: Mapping[str, list[float]], limit_name: str | None = None) -> Figure:
     """The figure ``name`` of ``samples``, set beside the limit ``limit_name`` of the same samples."""
     own = samples[name]
-    median = statistics.median(own)
+    return beside(single(name, unit, own), limit_name, samples[limit_name] if limit_name is not None else ())
+
+
+def single(name: str, unit: str, samples: Sequence[float]) -> Figure:
+    """The figure of ``samples`` alone."""
+    return Figure(name, unit, statistics.median(samples), min(samples), max(samples))
+
+
+def beside(one: Figure, limit_name: str | None, limit_samples: Sequence[float]) -> Figure:
+    """``one`` with a limit of other samples."""
     if limit_name is None:
-        return Figure(name, unit, median, min(own), max(own))
-    limit = statistics.median(samples[limit_name])
-    return Figure(name, unit, median, min(own), max(own), limit_name, limit, median / limit)
+        return one
+    limit = statistics.median(limit_samples)
+    return Figure(one.name, one.unit, one.median, one.lowest, one.highest, limit_name, limit, one.median / limit)
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """The smallest sample that at least ``percent`` of them do not exceed. ValueError for no samples."""
+    if not samples:
+        raise ValueError("no samples")
+    ordered = sorted(samples)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -60,11 +79,32 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def table(figures: list[Figure]) -> str:
+def table(figures: Sequence[Figure], *, markdown: bool = False) -> str:
     """For people."""
-    rows = [("figure", "median", "lowest .. highest", "unit", "limit", "", "ratio")]
+    rows = [("figure", "median", "lowest .. highest", "unit", "limit", "of", "ratio")]
     for one in figures:
-        limit = ("", "", "") if one.limit is None else (f"{one.limit:.2f}", one.limit_name or "", f"{one.ratio:.2f}")
-        rows.append((one.name, f"{one.median:.2f}", f"{one.lowest:.2f} .. {one.highest:.2f}", one.unit, *limit))
+        limit = ("", "", "") if one.limit is None else (_number(one.limit), one.limit_name or "", f"{one.ratio:.2f}")
+        spread = f"{_number(one.lowest)} .. {_number(one.highest)}"
+        rows.append((one.name, _number(one.median), spread, one.unit, *limit))
+    return grid(rows, markdown=markdown)
+
+
+def grid(rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
+    """Rows, the first of them a heading, in columns: plain, or as a table of Markdown."""
+    if markdown:
+        lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+        return "\n".join(f"| {' | '.join(row)} |" for row in lines)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def size_name(size_bytes: int) -> str:
+    """``2MiB``."""
+    for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size_bytes >= 1 << shift and size_bytes % (1 << shift) == 0:
+            return f"{size_bytes >> shift}{unit}"
+    return f"{size_bytes}B"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if 0 < abs(value) < 1 else f"{value:.2f}"

@@ -1,28 +1,34 @@
-"""The parts of kvd that are measured: same node, TCP, lookups, start."""
+"""Bytes on the same node and over TCP: the data path alone, and whole stores and loads."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Literal
 
-from kvd.wire.chunks import ROOT
+from kvd.wire.chunks import ROOT, Location
 from kvd.wire.identity import Identity
+from kvd.wire.spans import whole
 from kvd_client.bench.daemon import BenchDaemon
-from kvd_client.bench.figures import GIB, Figure, figure, interleave, timed
-from kvd_client.bench.limits import BareSockets, Memcpy
+from kvd_client.bench.figures import GIB, Figure, figure, interleave, size_name, timed
+from kvd_client.bench.limits import BareSockets, Memcpy, together
+from kvd_client.bench.usage import Meter
 from kvd_client.client import Client, StoreOutcome
+from kvd_client.leases import ReadLease
+from kvd_client.path import Piece
 
 CONNECT_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 60.0
 #: Rounds that are run and not counted: they touch every page of the pool once.
 WARMUP = 4
-LOOKUP_CALLS = 50
-LOOKUP_KEYS = (1, 128, 2000)
-START_POOL_BYTES = 4 << 30
+#: What is held, half-written and stored at the same time is less than so many times what one round moves.
+POOL_ROUNDS = 6
+#: Threads that copy at the same time, where more than one does.
+THREADS = min(4, os.cpu_count() or 1)
 
 _names = itertools.count()
 
@@ -93,79 +99,119 @@ class Mover:
             raise RuntimeError("what was loaded is not what was stored")
 
 
+class Slots:
+    """The data path alone: copies into slots that are leased all the time for writing, and out of others that are
+    leased for reading, by ``threads`` threads that have a part of them each. No call to the daemon is measured."""
+
+    def __init__(self, mover: Mover, threads: int = 1) -> None:
+        mover.store()
+        self._mover, self._threads = mover, threads
+        client, keys = mover.client, chain(mover.size.chunks)
+        self._write = client.reserve(
+            mover.namespace, list(zip(keys, [ROOT, *keys], strict=False)), timeout_s=CALL_TIMEOUT_S
+        )
+        self._written = [result.location for result in self._write.results if result.location is not None]
+        self._read = self._leased(mover.keys)
+        if len(self._written) < len(keys):
+            raise RuntimeError("not every slot was granted")
+
+    def write(self) -> float:
+        """GiB/s into the slots."""
+        path = self._mover.client.path(CALL_TIMEOUT_S)
+        pieces = self._parts(self._written, self._mover.data)
+        return self._moved(lambda i: path.write(self._write.lease_id, pieces[i], _deadline()))
+
+    def read(self) -> float:
+        """GiB/s out of the slots."""
+        if not self._read.renew(timeout_s=CALL_TIMEOUT_S):
+            raise RuntimeError("the lease has ended")
+        path = self._mover.client.path(CALL_TIMEOUT_S)
+        pieces = self._parts(self._read.locations, self._mover.into)
+        return self._moved(lambda i: path.read(self._read.lease_id, pieces[i], _deadline()))
+
+    def close(self) -> None:
+        """Gives the slots back."""
+        self._write.abort(timeout_s=CALL_TIMEOUT_S)
+        self._read.release()
+
+    def _leased(self, keys: list[bytes]) -> ReadLease:
+        lease = self._mover.client.lookup(self._mover.namespace, keys, timeout_s=CALL_TIMEOUT_S)
+        if len(lease) < len(keys):
+            raise RuntimeError(f"{len(lease)} of {len(keys)} chunks found")
+        return lease
+
+    def _parts(self, locations: Sequence[Location], buffers: Sequence[bytearray]) -> list[list[Piece]]:
+        span = whole(self._mover.size.chunk_bytes)
+        pieces = [Piece(at, span, buffer) for at, buffer in zip(locations, buffers, strict=True)]
+        return [pieces[number :: self._threads] for number in range(self._threads)]
+
+    def _moved(self, copy: Callable[[int], list[bool]]) -> float:
+        def part(number: int) -> None:
+            if not all(copy(number)):
+                raise RuntimeError("not every chunk was copied")
+
+        return self._mover.size.total_bytes / timed(lambda: together(part, self._threads)) / GIB
+
+
 def bench_local(size: Size) -> list[Figure]:
-    """Same node: bytes over shared memory, against one memcpy with one thread."""
-    with BenchDaemon(3 * size.total_bytes) as daemon, Client(daemon.unix_endpoint, timeout_s=CALL_TIMEOUT_S) as client:
-        client.connect(CONNECT_TIMEOUT_S)
-        mover = Mover(client, size)
-        parts: dict[str, Callable[[], float]] = {
-            "local store": mover.store,
-            "local load": mover.load,
-            "memcpy": Memcpy(size.chunk_bytes, size.chunks),
-        }
-        samples = interleave(parts, size.rounds, WARMUP)
-        mover.check()
-    return [figure(name, "GiB/s", samples, "memcpy") for name in ("local store", "local load")]
-
-
-def bench_tcp(size: Size, connections: int) -> list[Figure]:
-    """TCP loopback with checksums, against bare sockets with as many connections."""
-    store, load, bare = (f"tcp x{connections} {what}" for what in ("store", "load", "bare"))
+    """Same node: bytes over shared memory, against memcpy with as many threads on a mapping of the same kind."""
+    label = f"local {size_name(size.chunk_bytes)}"
     with (
-        BenchDaemon(3 * size.total_bytes) as daemon,
-        Client(daemon.tcp_endpoint, timeout_s=CALL_TIMEOUT_S, data_connections=connections) as client,
+        BenchDaemon(POOL_ROUNDS * size.total_bytes) as daemon,
+        Client(daemon.unix_endpoint, timeout_s=CALL_TIMEOUT_S) as client,
     ):
         client.connect(CONNECT_TIMEOUT_S)
         mover = Mover(client, size)
-        sockets = BareSockets(size.total_bytes, connections)
-        try:
-            samples = interleave({store: mover.store, load: mover.load, bare: sockets}, size.rounds, WARMUP)
-        finally:
-            sockets.close()
+        meter = Meter([daemon.pid])
+        parts: dict[str, Callable[[], float]] = {}
+        limits: dict[str, str] = {}
+        slots = []
+        for threads in sorted({1, THREADS}):
+            copy, one = Memcpy(size.chunk_bytes, size.chunks, threads), Slots(mover, threads)
+            slots.append(one)
+            into, out = f"memcpy in x{threads}", f"memcpy out x{threads}"
+            write, read = f"{label} path write x{threads}", f"{label} path read x{threads}"
+            parts |= {write: one.write, into: copy.into, read: one.read, out: copy.out}
+            limits |= {write: into, read: out}
+        for what, work in (("store", mover.store), ("load", mover.load)):
+            name = f"{label} {what}"
+            parts[name] = meter.metered(name, work, size.total_bytes)
+            limits[name] = "memcpy in x1" if what == "store" else "memcpy out x1"
+        samples = interleave(parts, size.rounds, WARMUP)
+        for one in slots:
+            one.close()
         mover.check()
-    return [figure(name, "GiB/s", samples, bare) for name in (store, load)]
+    return [figure(name, "GiB/s", samples, limits[name]) for name in limits] + meter.figures()
 
 
-def bench_lookup(transport: Literal["unix", "tcp"], rounds: int) -> list[Figure]:
-    """Lookup with lease, and the start of its release, against an empty call on the same channel: medians of many."""
-    empty = f"empty call, {transport}"
-    with BenchDaemon(64 << 20) as daemon:
-        endpoint = daemon.unix_endpoint if transport == "unix" else daemon.tcp_endpoint
-        with Client(endpoint, timeout_s=CALL_TIMEOUT_S) as client:
-            client.connect(CONNECT_TIMEOUT_S)
-            namespace = client.namespace(Identity("bench", "lookup"), 4096)
-            keys = chain(max(LOOKUP_KEYS))
-            items = list(zip(keys, [ROOT, *keys], strict=False))
-            client.store(namespace, items, [bytes(4096)] * len(keys), timeout_s=CALL_TIMEOUT_S)
-
-            def calls(work: Callable[[], None]) -> Callable[[], float]:
-                return lambda: sorted(timed(work) for _ in range(LOOKUP_CALLS))[LOOKUP_CALLS // 2] * 1e6
-
-            def find(count: int) -> Callable[[], None]:
-                def work() -> None:
-                    with client.lookup(namespace, keys[:count], timeout_s=CALL_TIMEOUT_S) as lease:
-                        if len(lease) != count:
-                            raise RuntimeError(f"{len(lease)} of {count} chunks found")
-
-                return work
-
-            parts = {f"lookup of {count}, {transport}": calls(find(count)) for count in LOOKUP_KEYS}
-            samples = interleave({**parts, empty: calls(lambda: _empty(client))}, rounds, 1)
-    return [figure(name, "us", samples, empty) for name in parts]
-
-
-def _empty(client: Client) -> None:
-    client.renew([])
+def bench_tcp(size: Size, connections: int) -> list[Figure]:
+    """TCP loopback with checksums, against bare sockets with as many connections between regions of the same size."""
+    label = f"tcp x{connections}"
+    store, write, load, read = (f"{label} {what}" for what in ("store", "path write", "load", "path read"))
+    send, receive = f"bare send x{connections}", f"bare receive x{connections}"
+    with (
+        BenchDaemon(POOL_ROUNDS * size.total_bytes) as daemon,
+        Client(daemon.tcp_endpoint, timeout_s=CALL_TIMEOUT_S, data_connections=connections) as client,
+        closing(BareSockets(size.total_bytes, connections)) as bare,
+    ):
+        client.connect(CONNECT_TIMEOUT_S)
+        mover = Mover(client, size)
+        ours, theirs = Meter([daemon.pid]), Meter([bare.pid])
+        with closing(Slots(mover)) as slots:
+            parts: dict[str, Callable[[], float]] = {
+                store: ours.metered(store, mover.store, size.total_bytes),
+                write: slots.write,
+                send: theirs.metered(send, bare.send, size.total_bytes),
+                load: ours.metered(load, mover.load, size.total_bytes),
+                read: slots.read,
+                receive: theirs.metered(receive, bare.receive, size.total_bytes),
+            }
+            samples = interleave(parts, size.rounds, WARMUP)
+        mover.check()
+    limits = {store: send, write: send, load: receive, read: receive}
+    bandwidths = [figure(name, "GiB/s", samples, limit) for name, limit in limits.items()]
+    return bandwidths + ours.figures() + theirs.figures("other end")
 
 
-def bench_start(rounds: int) -> list[Figure]:
-    """From the start of the process to SERVING with a pool of 4 GiB, not populated, and memory beside the pool."""
-    rss_mib: list[float] = []
-
-    def start() -> float:
-        with BenchDaemon(START_POOL_BYTES, populate="lazy") as daemon:
-            rss_mib.append(daemon.rss_bytes() / (1 << 20))
-            return daemon.start_s
-
-    samples = interleave({"start": start}, rounds, 1)
-    return [figure("start", "s", samples), figure("memory beside the pool", "MiB", {"memory beside the pool": rss_mib})]
+def _deadline() -> float:
+    return time.monotonic() + CALL_TIMEOUT_S

@@ -26,8 +26,8 @@ CHUNK_BYTES = 2 * MIB
 RECORD_BYTES = CHUNK_BYTES + PAGE_BYTES
 #: Stored in one call: a session may have half of the pool half-written, and no more.
 STORE_BYTES = 16 * MIB
-#: Chunks of one round.
-SET_CHUNKS = 128
+#: Chunks of one round: so many that the start and the end of the pipeline do not decide.
+SET_CHUNKS = 384
 #: As many reads, and writes, the daemon has under way on one drive.
 READERS, WRITERS = 8, 4
 #: Rounds that are not counted.

@@ -22,8 +22,10 @@ FLOORS = (
     {"kvd.recovery", "kvd.store"},
     {
         "kvd.authority",
+        "kvd.calls",
         "kvd.control",
         "kvd.convert",
+        "kvd.desk",
         "kvd.http",
         "kvd.lifeline",
         "kvd.peers",
@@ -61,12 +63,13 @@ PURE = {"__future__", "array", "collections", "dataclasses", "enum", "heapq", "i
 
 #: Who may load what takes seconds to load, or is not installed everywhere.
 TENSORS = {"kvd_client.copier_torch", "kvd_client.copier_cupy", "kvd_client.cuda", "kvd_client.dma"}
+TENSORS |= {"kvd_client.bench.copying", "kvd_client.bench.engine_process"}  # loaded where they are installed
 HEAVY = {
     "torch": TENSORS,
     "numpy": TENSORS | {"kvd_client.memory", "kvd.spill.codec"},  # comes with torch, or with kvd[compress]
     "zstandard": {"kvd.spill.codec", "kvd.replay.trace"},
     "cupy": {"kvd_client.cuda"},
-    "vllm": {"kvd_client.adapters.vllm"},
+    "vllm": {"kvd_client.adapters.vllm", "kvd_client.bench.engine_process"},
 }
 
 

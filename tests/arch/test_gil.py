@@ -26,6 +26,12 @@ PAYLOAD = {"buffer", "data", "mapping", "memory", "payload", "segment", "slot", 
 MAPPINGS = {"_map", "_table", "mapping"}
 MAPPING_METHODS = {"find", "flush", "madvise", "move", "read", "readline", "resize", "rfind", "write"}
 
+#: Codecs and packers that keep the lock for all or half of a call.
+CODECS = {"blosc", "blosc2", "lz4", "msgpack"}
+
+#: Functions that copy what they are given under the lock, whatever they belong to.
+COPIERS = {"BytesIO", "bytearray", "bytes", "extend", "from_buffer_copy", "frombytes"}
+
 #: What may be called through ``ctypes.pythonapi``, which keeps the lock.
 UNDER_THE_LOCK = {"PyObject_GetBuffer", "PyBuffer_Release"}
 
@@ -52,13 +58,16 @@ def _is_slice(target: ast.AST) -> bool:
 
 def _wrong_call(call: ast.Call) -> Iterator[str]:
     function = call.func
-    if isinstance(function, ast.Name) and function.id in ("bytes", "bytearray"):
-        found = {word for argument in call.args for word in _words(argument)}
-        if found & PAYLOAD:
-            yield f"{function.id}() of {', '.join(sorted(found & PAYLOAD))} copies under the lock"
+    base, _, name = ast.unparse(function).rpartition(".")
+    copied: list[ast.expr] = call.args if name in COPIERS else []
+    if isinstance(function, ast.Attribute) and name == "hex":
+        copied = [function.value]
+    if name == "join" and base.startswith(("b'", 'b"')):
+        copied = [argument for argument in call.args if not isinstance(argument, ast.GeneratorExp)]  # of what it makes
+    if found := {word for argument in copied for word in _words(argument)} & PAYLOAD:
+        yield f"{name}() of {', '.join(sorted(found))} copies under the lock"
     if not isinstance(function, ast.Attribute):
         return
-    base = ast.unparse(function.value)
     if function.attr in ("tobytes", "tolist"):
         yield f".{function.attr}() copies under the lock"
     if function.attr == "madvise" and base not in ("syscalls", "_libc"):
@@ -80,9 +89,22 @@ def _wrong_attribute(attribute: ast.Attribute) -> Iterator[str]:
         yield "ctypes.pythonapi calls under the lock"
 
 
+def _is_length(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len"
+
+
 def _words(node: ast.AST) -> Iterator[str]:
-    """The words of every name in an expression: ``slot`` and ``data`` of ``self._slot.data``, sizes left out."""
+    """The words of every name in an expression: ``slot`` and ``data`` of ``self._slot.data``, sizes left out, and what
+    is only asked."""
+    beside = {
+        inner
+        for part in ast.walk(node)
+        for asked in ([part.test] if isinstance(part, ast.IfExp) else [part] if _is_length(part) else [])
+        for inner in ast.walk(asked)
+    }
     for part in ast.walk(node):
+        if part in beside:
+            continue
         name = part.id if isinstance(part, ast.Name) else part.attr if isinstance(part, ast.Attribute) else ""
         words = name.lower().strip("_").split("_")
         if words[-1] not in ("bytes", "size", "length", "count", "id"):
@@ -109,7 +131,14 @@ def test_no_payload_is_copied_under_the_interpreters_lock() -> None:
         "bytes(path.view(location, length))",
         "bytearray(payload)",
         "out = bytes(buffers[0])",
+        "bytes(payload if len(payload) else nothing)",
         "view.tobytes()",
+        "view.hex()",
+        "b''.join(buffers)",
+        "io.BytesIO(payload)",
+        "out.extend(self._staging)",
+        "array.frombytes(memory)",
+        "kind.from_buffer_copy(segment)",
         "mapping.madvise(mmap.MADV_WILLNEED)",
         "self._map.madvise(23)",
         "self._map.read(n)",
@@ -133,6 +162,11 @@ def test_the_lint_sees(line: str) -> None:
         "bytes(TOKEN_BYTES)",
         "bytearray(PIECE_BYTES)",
         "bytearray(layout.slot_bytes)",
+        "bytearray(CHECKSUM.size * len(payloads))",
+        "bytearray(0 if payload is None else PIECE_BYTES)",
+        "b''.join(HEADER.pack(each) for each in segments)",
+        "os.path.join(SHARED_MEMORY, name)",
+        "key.hex()",
         "self._words[at] = generation",
         "part = memory[a:b]",
         "mmap.mmap(fd, size)",
@@ -155,6 +189,16 @@ def test_nothing_that_was_sent_is_unpickled_or_evaluated() -> None:
         for module in written("kvd", "kvd_client")
         for node in ast.walk(module.tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec")
+    ]
+    assert wrong == []
+
+
+def test_no_codec_that_keeps_the_lock_is_used() -> None:
+    wrong = [
+        f"{module.where}:{found.line}: {found.target}"
+        for module in written("kvd", "kvd_client")
+        for found in module.imports()
+        if found.target.split(".")[0] in CODECS
     ]
     assert wrong == []
 

@@ -16,7 +16,7 @@ from kvd.wire import errors, lifeline
 from kvd.wire.lifeline import Kind, Status, socket_path
 from kvd.wire.pb import kvd_pb2 as pb
 from tests.daemon import ROOT, Daemon, clean_environment
-from tests.raw import RawLifeline, RawSession
+from tests.raw import RawLifeline, RawSession, slots_of
 from tests.wait import wait_until
 
 KEYS = [bytes([number]) * 32 for number in range(1, 4)]
@@ -98,7 +98,8 @@ def test_the_table_tells_a_generation_from_grant_to_drop(daemon: Daemon) -> None
         assert session.lifeline is not None
         with mmap.mmap(session.lifeline.descriptors[1], 0, prot=mmap.PROT_READ) as table:
             namespace = session.open_namespace()
-            slot = session.reserve(namespace, KEYS[:1])[0].location
+            (slot,) = session.reserve(namespace, KEYS[:1])
+            assert slot is not None
             assert table_word(table, slot.offset) == slot.generation > 0
             session.commit(namespace, KEYS[:1])
             assert table_word(table, slot.offset) == slot.generation
@@ -111,14 +112,14 @@ def test_bytes_written_by_one_process_are_found_by_another(daemon: Daemon) -> No
     with RawSession(daemon.unix_endpoint, daemon.socket) as writer:
         assert writer.lifeline is not None
         namespace = writer.open_namespace()
-        slot = writer.reserve(namespace, KEYS[:1])[0].location
+        (slot,) = writer.reserve(namespace, KEYS[:1])
+        assert slot is not None
         with mmap.mmap(writer.lifeline.descriptors[0], 0) as pool:
             pool[slot.offset : slot.offset + 4096] = b"k" * 4096
         writer.commit(namespace, KEYS[:1])
     with RawSession(daemon.unix_endpoint, daemon.socket) as reader:
         assert reader.lifeline is not None
-        found = reader.lookup(reader.open_namespace(), KEYS).chunks
-        assert [location.offset for location in found] == [slot.offset]
+        assert slots_of(reader.lookup(reader.open_namespace(), KEYS)) == [slot]
         with mmap.mmap(reader.lifeline.descriptors[0], 0) as pool:
             assert pool[slot.offset : slot.offset + 4096] == b"k" * 4096
 

@@ -89,7 +89,7 @@ def test_a_restart_is_told_of_warm_or_cold(daemon: Daemon) -> None:
         def leased() -> bool:
             found = session.lookup(namespace, KEYS)
             session.call("Release", pb.ReleaseRequest(lease_ids=[1]))
-            return len(found.chunks) == len(KEYS)
+            return len(found.offsets) == len(KEYS)
 
         wait_until(leased, what="the chunks to be checked")
     assert daemon.metrics()["kvd_unverified_chunks"] == 0

@@ -211,11 +211,15 @@ class House:
             stats = self.daemon.stats()
             pool, disk = stats.pool, stats.disk
             scanned = all(one.state != "scanning" and one.scanned_extents == one.found_extents for one in disk.drives)
-            return bool(disk.drives) is self.disk and scanned and not (
-                disk.queue_chunks
-                or disk.promoting_chunks
-                or pool.unverified_chunks
-                or (pool.writing_bytes + pool.quarantined_bytes and not held)
+            return (
+                bool(disk.drives) is self.disk
+                and scanned
+                and not (
+                    disk.queue_chunks
+                    or disk.promoting_chunks
+                    or pool.unverified_chunks
+                    or (pool.writing_bytes + pool.quarantined_bytes and not held)
+                )
             )
 
         try:

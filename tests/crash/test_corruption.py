@@ -27,7 +27,9 @@ SEED = os.environ.get("KVD_DAMAGE_SEED", "1")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 + 20 * ROUNDS)]
 
 POOL_FILES = ("kvd-pool", "kvd-slots", "kvd-generations", "kvd-holders", "kvd-namespaces/")
-SPILL_FILES = (".extent", "superblock", "namespaces/", "kvd-state")
+SPILL_FILES = (".extent", ".index", "superblock", "namespaces/", "kvd-state")
+#: What may be lost, or wrong, without the loss of a chunk.
+SPARE_FILES = (*POOL_FILES, ".index")
 
 
 def pool_files(house: House, name: str = "/") -> list[Path]:
@@ -98,9 +100,9 @@ def test_a_damaged_disk_gives_misses_and_no_wrong_byte(estate: Estate, name: str
         if number:
             assert house.daemon.stop() == 0  # which leaves a file of every kind
         done = damage(spill_files(house, name), dice, WAYS if number % 2 else IN_PLACE)
-        if dice.random() < 0.7:
+        if dice.random() < 0.7 or name in SPARE_FILES:
             empty(house, pool=True)
-        look_over(house, crew, done)
+        look_over(house, crew, done, lossless=name in SPARE_FILES)
     leave(estate, house)
 
 
@@ -133,6 +135,7 @@ def test_a_disk_that_is_damaged_while_the_daemon_runs_gives_misses_and_no_wrong_
                 house.settle()
             assert house.daemon.stats().counters["corrupt_chunks"] > 0 and "is corrupt" in house.daemon.log
             damage(spill_files(house, ".extent"), dice, share=0.5)  # they are cut short, grow or vanish
+            damage(spill_files(house, ".index"), dice, share=0.5)
             house.check_damaged(client)
             house.kill()
             house.start()
@@ -212,7 +215,7 @@ def test_a_file_that_is_not_what_it_was_is_no_reason_not_to_start(
     files = pool_files(house, chosen) or spill_files(house, chosen)
     guise(seeded(guise.__name__, SEED).choice(files))
     house.start()
-    house.check_damaged(crew.client, lossless=chosen in POOL_FILES)  # from the disk
+    house.check_damaged(crew.client, lossless=chosen in SPARE_FILES)  # from the disk
     if house.degraded:
         assert "left alone" in house.daemon.log
         return  # it has said why, and goes on without its disk: the house is not as it should be

@@ -68,4 +68,3 @@ def prepare(house: House, name: str) -> None:
                 file.write(bytes(4096))
         house.promises.forget()
         house.daemon.options["spill_floor"] = "1TiB"
-

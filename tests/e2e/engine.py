@@ -183,6 +183,10 @@ class Engine:
         answer: dict[str, float] = self._call(op="hooks")
         return answer
 
+    def lock_step(self, fail_layer: int | None = None) -> None:
+        """From now on synchronous loads go as ``lockstep`` says (one rank only)."""
+        self._call(op="lock_step", fail_layer=fail_layer)
+
     @property
     def log(self) -> str:
         """What the engine has said."""
@@ -276,6 +280,7 @@ class _Server:
 
         self.llm = LLM(**arguments)
         self.hooks: dict[str, float] = {}
+        self.lockstep: Any = None
         core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
         self.scheduler = getattr(core, "scheduler", None)
         if self.scheduler is not None and self.scheduler.connector is not None:
@@ -293,6 +298,7 @@ class _Server:
             "request_finished_all_groups",
             "bind_connector_metadata",
             "start_load_kv",
+            "wait_for_layer_load",
             "wait_for_save",
             "get_finished",
         ):
@@ -364,6 +370,14 @@ class _Server:
                 found[metric.name] = found.get(metric.name, 0.0) + value
         return found
 
+    def lock_step(self, fail_layer: int | None) -> None:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        from tests.e2e.lockstep import LockStep
+
+        self.lockstep = self.lockstep or LockStep(get_kv_transfer_group()._worker)
+        self.lockstep.fail_layer = fail_layer
+
     def answer(self, request: dict[str, Any]) -> Any:
         op = request.pop("op")
         if op == "generate":
@@ -375,6 +389,8 @@ class _Server:
             return done
         if op == "abandon":
             return self.abandon(**request)
+        if op == "lock_step":
+            return self.lock_step(**request)
         if op == "drain":
             return self.drain()
         if op == "metrics":

@@ -91,10 +91,14 @@ def check_what_one_sharding_wrote_another_reads(make: Make, data: st.DataObject,
         before = [cache.clone() for cache in caches.values()]
         stripe = shard.load_stripe(layout)
         copier = make(caches, layout, shard)
-        sources = [memory.toreadonly() for memory in slots]
-        if form is Form.PACKED:
-            sources = [memoryview(pack(chunk, copier.load_spans)) for chunk in truth]
-        assert copier.load(chunks_of[1], sources, form, soon(), copier.mark())
+        layers = range(copier.load_layers)
+        cut = data.draw(st.integers(0, copier.load_layers - 1), label="begin with layer")
+        # All at once, or in two loads, the last layers first.
+        for part in [None] if cut == 0 else [layers[cut:], layers[:cut]]:
+            sources = [memory.toreadonly() for memory in slots]
+            if form is Form.PACKED:
+                sources = [memoryview(pack(chunk, copier.load_spans(part or layers))) for chunk in truth]
+            assert copier.load(chunks_of[1], sources, form, soon(), copier.mark(), part)
         copier.close()
         flat = [[block for chunk in chunks for block in chunk] for chunks in chunks_of]
         wanted = dict(zip(flat[1], flat[0], strict=True))

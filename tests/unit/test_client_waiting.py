@@ -55,8 +55,8 @@ class Scripted(kvd_pb2_grpc.KvdServicer):
             context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
         self.asked.append(request)
         held, promoting = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        chunks = [pb.Location(offset=4096 * i, generation=1) for i in range(max(0, held - request.skip))]
-        return pb.LookupResponse(chunks=chunks, promoting=promoting)
+        offsets = [4096 * i for i in range(max(0, held - request.skip))]
+        return pb.LookupResponse(offsets=offsets, generations=[1] * len(offsets), promoting=promoting)
 
     def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseResponse:
         self.released += request.lease_ids

@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from kvd.wire.chunks import Stripe
 from kvd.wire.spans import Span
 from kvd_client.layout import (
+    MAX_BANDS,
+    MIN_BAND_BYTES,
     ChunkLayout,
     LayoutError,
     PageGeometry,
     Shard,
+    bands,
     consecutive,
     cut,
     is_empty,
@@ -136,18 +139,30 @@ def test_layouts_without_bytes_are_refused(numbers: tuple[tuple[int, ...], int, 
         ChunkLayout(*numbers)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 40))
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 40), st.data())
 def test_pieces_cover_every_layer_of_every_chunk_once_in_order(
-    layer_bytes: list[int], chunks: int, piece_bytes: int
+    layer_bytes: list[int], chunks: int, piece_bytes: int, data: st.DataObject
 ) -> None:
+    begin = data.draw(st.integers(0, len(layer_bytes) - 1))
+    wanted = data.draw(st.sampled_from([None, range(begin, data.draw(st.integers(begin + 1, len(layer_bytes))))]))
+    of_all = wanted if wanted is not None else range(len(layer_bytes))
     cells = []
-    for piece in pieces(layer_bytes, chunks, piece_bytes):
+    for piece in pieces(layer_bytes, chunks, piece_bytes, wanted):
         layers = range(piece.layer_begin, piece.layer_end)
         inside = list(itertools.product(range(piece.chunk_begin, piece.chunk_end), layers))
         assert sum(layer_bytes[layer] for _, layer in inside) <= piece_bytes or len(inside) == 1
-        assert piece.chunk_end - piece.chunk_begin == 1 or len(layers) == len(layer_bytes)
+        assert piece.chunk_end - piece.chunk_begin == 1 or layers == of_all
         cells.extend(inside)
-    assert cells == list(itertools.product(range(chunks), range(len(layer_bytes))))
+    assert cells == list(itertools.product(range(chunks), of_all))
+
+
+@given(st.integers(1, 100), st.integers(0, 100 * MIN_BAND_BYTES))
+def test_bands_are_all_layers_in_order_few_and_not_small(layers: int, total_bytes: int) -> None:
+    cut = bands(layers, total_bytes)
+    assert [layer for band in cut for layer in band] == list(range(layers))
+    assert len(cut) <= MAX_BANDS and all(cut)
+    assert len(cut) == 1 or total_bytes / len(cut) >= MIN_BAND_BYTES
+    assert max(map(len, cut)) - min(map(len, cut)) <= 1
 
 
 @given(

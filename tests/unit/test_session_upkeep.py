@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 from typing import cast
 
 import pytest
@@ -22,6 +24,20 @@ class FakeStore:
         self.audits = 0
         self.findings: list[str] = []
         self.broken = False
+        self.waiting = 0
+        self.parts: list[int] = []
+        self.behind: Callable[[], None] = list
+
+    def on_behind(self, called: Callable[[], None]) -> None:
+        self.behind = called
+
+    def catch_up(self, most: int) -> bool:
+        part = min(most, self.waiting)
+        self.parts.append(part)
+        self.waiting -= part
+        if self.broken:
+            raise RuntimeError("broken")
+        return not self.waiting
 
     def tick(self) -> None:
         self.ticks += 1
@@ -84,6 +100,24 @@ def test_what_an_audit_finds_is_logged_and_counted(house: House, caplog: pytest.
     assert house.metric("kvd_audit_findings_total") == 1
 
 
+def test_whatever_holds_the_loop_up_is_measured_at_whatever_moment_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "LAG_TICK_S", 0.01)
+    metrics, store = Metrics(), cast(ChunkStore, FakeStore())
+
+    def lag_s() -> float:
+        return metrics.registry.get_sample_value("kvd_event_loop_lag_seconds_sum") or 0.0
+
+    async def run() -> None:
+        rounds = Upkeep(store, Sessions(store), metrics, lambda: 0.0)
+        rounds.start()
+        await asyncio.sleep(0)  # it begins to measure
+        time.sleep(0.1)
+        await asyncio.to_thread(wait_until, lambda: lag_s() >= 0.09, what="the lag")
+        await rounds.stop()
+
+    asyncio.run(run())
+
+
 def test_a_round_that_fails_does_not_end_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upkeep, "TICK_S", 0.001)
     store = FakeStore()
@@ -96,3 +130,29 @@ def test_a_round_that_fails_does_not_end_the_rounds(monkeypatch: pytest.MonkeyPa
         await rounds.stop()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_uses_that_wait_are_put_in_between_whatever_else_the_loop_does(house: House, broken: bool) -> None:
+    house.store.broken = broken
+    turns: list[int] = []
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+
+        def turn() -> None:
+            turns.append(len(house.store.parts))
+            if house.store.waiting:
+                loop.call_soon(turn)
+
+        house.store.waiting = 2000
+        house.store.behind()
+        house.store.behind()
+        loop.call_soon(turn)
+        while house.store.waiting:
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert sum(house.store.parts) == 2000
+    assert len(house.store.parts) >= 3
+    assert turns[:3] == [1, 2, 3], "more than one part in a turn"

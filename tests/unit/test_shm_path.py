@@ -70,11 +70,15 @@ class FakeDaemon:
             connection.recv(wire.MAX_MESSAGE_BYTES)
             descriptors = [self.pool.segment.data_fd, self.pool.segment.table_fd]
             holder = None if self.pool.holders is None else self.pool.holders.hand_out(self.id)
-            counts = (1, 0 if holder is None else 1)
+            ours, theirs = socket.socketpair()
+            self._connections.append(ours)
+            descriptors.append(theirs.fileno())
+            counts = (1, 0 if holder is None else 1, 0)
             message = wire.WELCOME.pack(wire.MAGIC, wire.VERSION, wire.Status.OK, self.said, bytes(16), *counts)
             message += wire.SEGMENT.pack(*self.pool.segment.info)
             rights = array.array("i", descriptors if holder is None else [*descriptors, holder])
             connection.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            theirs.close()
             if holder is not None:
                 os.close(holder)
             self._connections.append(connection)
@@ -275,7 +279,7 @@ def test_a_pool_that_does_not_fit_the_welcome_is_not_used(
     assert daemon.pool.holders is not None
     gc.collect()
     assert daemon.pool.holders.gone(8)
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 1, what="the descriptors to be closed")
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2, what="the descriptors to be closed")
     daemon.end()
 
 

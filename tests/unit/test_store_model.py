@@ -32,6 +32,7 @@ STEPS = {
     "end_io": 5,
 }
 STEPS |= {"abort": 2, "pass_time": 4, "drop": 1, "come": 2, "end_session": 1, "prove_writers_gone": 1}
+STEPS |= {"catch_up": 3}
 STEPS |= {"use_a_lease_that_was_given_up": 1, "pin": 2, "unpin": 1}
 
 #: What happens in lives with disks, restarts or a time to live only: see ``tests.unit.ledger.test_keeping``.
@@ -61,6 +62,7 @@ def arguments(name: str, dice: random.Random) -> dict[str, Any]:
         "tenant": dice.choice(TENANTS),
         "everything": dice.random() < 0.2,
         "whole": dice.random() < 0.6,
+        "most": dice.choice([1, 2, 5, 100]),
     }
     if name == "come":
         some["which"] = dice.sample(NAMESPACES, dice.randint(1, 3))
@@ -75,6 +77,7 @@ def arguments(name: str, dice: random.Random) -> dict[str, Any]:
         "end_io": "which failed",
         "abort": "which part",
         "pass_time": "seconds",
+        "catch_up": "most",
         "drop": "tenant which everything",
         "come": "tenant which",
         "end_session": "which",
@@ -96,7 +99,7 @@ def possible(machine: StoreMachine, name: str) -> bool:
         return bool(machine.ended)
     if name in ("commit", "abort"):
         return bool(machine.write_leases)
-    if name in ("come", "pass_time", "drop"):
+    if name in ("come", "pass_time", "drop", "catch_up"):
         return True
     if name in ("pin", "unpin"):
         return bool(machine.spaces if name == "pin" else machine.model.wishes)
@@ -117,6 +120,7 @@ def long_life(seed: int) -> dict[str, int]:
             machine.what_is_pinned_is_what_is_wished()
             machine.books_agree_with_each_other_and_with_the_model()
             machine.figures_agree_with_the_model()
+            machine.uses_are_counted_in_the_order_of_the_requests()
     counters = dict(machine.store.stats().counters)
     machine.teardown()
     return counters

@@ -40,6 +40,15 @@ def test_the_longest_stored_prefix_is_offered(matching: Matching, controller: Fa
     assert controller.lookups == [([GRID.key(prompt, i) for i in range(4)], 0)]
 
 
+@pytest.mark.parametrize("salt", [b"", b"s" * 32])
+def test_the_keys_of_a_prompt_are_those_of_its_chunks(salt: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRID.adapters, "salt", lambda request: salt)
+    prompt = request(300)
+    for chunks in range(5):
+        assert GRID.keys(prompt, chunks) == [GRID.key(prompt, i) for i in range(chunks)]
+    assert len(set(GRID.keys(prompt, 4))) == 4
+
+
 def test_a_token_is_always_left_to_compute(matching: Matching, controller: FakeController) -> None:
     prompt = request(128)
     store(controller, prompt, 2)

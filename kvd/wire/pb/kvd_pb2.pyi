@@ -60,10 +60,14 @@ class Hello(_message.Message):
     def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., client_name: _Optional[str] = ..., client_version: _Optional[str] = ..., pid: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("sequence",)
+    __slots__ = ("sequence", "missed_lookups", "missed_chunks")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    MISSED_LOOKUPS_FIELD_NUMBER: _ClassVar[int]
+    MISSED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     sequence: int
-    def __init__(self, sequence: _Optional[int] = ...) -> None: ...
+    missed_lookups: int
+    missed_chunks: int
+    def __init__(self, sequence: _Optional[int] = ..., missed_lookups: _Optional[int] = ..., missed_chunks: _Optional[int] = ...) -> None: ...
 
 class ServerNote(_message.Message):
     __slots__ = ("welcome", "draining")
@@ -156,16 +160,6 @@ class OpenNamespaceResponse(_message.Message):
     namespace_id: bytes
     def __init__(self, namespace_id: _Optional[bytes] = ...) -> None: ...
 
-class Location(_message.Message):
-    __slots__ = ("segment", "offset", "generation")
-    SEGMENT_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
-    GENERATION_FIELD_NUMBER: _ClassVar[int]
-    segment: int
-    offset: int
-    generation: int
-    def __init__(self, segment: _Optional[int] = ..., offset: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
-
 class LookupRequest(_message.Message):
     __slots__ = ("namespace_id", "lease_id", "keys", "skip", "again")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -181,14 +175,18 @@ class LookupRequest(_message.Message):
     def __init__(self, namespace_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., keys: _Optional[_Iterable[bytes]] = ..., skip: _Optional[int] = ..., again: bool = ...) -> None: ...
 
 class LookupResponse(_message.Message):
-    __slots__ = ("chunks", "promoting", "writing")
-    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("offsets", "generations", "segments", "promoting", "writing")
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     PROMOTING_FIELD_NUMBER: _ClassVar[int]
     WRITING_FIELD_NUMBER: _ClassVar[int]
-    chunks: _containers.RepeatedCompositeFieldContainer[Location]
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    generations: _containers.RepeatedScalarFieldContainer[int]
+    segments: _containers.RepeatedScalarFieldContainer[int]
     promoting: int
     writing: int
-    def __init__(self, chunks: _Optional[_Iterable[_Union[Location, _Mapping]]] = ..., promoting: _Optional[int] = ..., writing: _Optional[int] = ...) -> None: ...
+    def __init__(self, offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., promoting: _Optional[int] = ..., writing: _Optional[int] = ...) -> None: ...
 
 class ReserveItem(_message.Message):
     __slots__ = ("key", "parent")
@@ -208,19 +206,17 @@ class ReserveRequest(_message.Message):
     items: _containers.RepeatedCompositeFieldContainer[ReserveItem]
     def __init__(self, namespace_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., items: _Optional[_Iterable[_Union[ReserveItem, _Mapping]]] = ...) -> None: ...
 
-class ReserveResult(_message.Message):
-    __slots__ = ("status", "location")
-    STATUS_FIELD_NUMBER: _ClassVar[int]
-    LOCATION_FIELD_NUMBER: _ClassVar[int]
-    status: ReserveStatus
-    location: Location
-    def __init__(self, status: _Optional[_Union[ReserveStatus, str]] = ..., location: _Optional[_Union[Location, _Mapping]] = ...) -> None: ...
-
 class ReserveResponse(_message.Message):
-    __slots__ = ("results",)
-    RESULTS_FIELD_NUMBER: _ClassVar[int]
-    results: _containers.RepeatedCompositeFieldContainer[ReserveResult]
-    def __init__(self, results: _Optional[_Iterable[_Union[ReserveResult, _Mapping]]] = ...) -> None: ...
+    __slots__ = ("statuses", "offsets", "generations", "segments")
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    statuses: _containers.RepeatedScalarFieldContainer[ReserveStatus]
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    generations: _containers.RepeatedScalarFieldContainer[int]
+    segments: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, statuses: _Optional[_Iterable[_Union[ReserveStatus, str]]] = ..., offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Stripe(_message.Message):
     __slots__ = ("layer_begin", "layer_end", "head_begin", "head_end")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
@@ -34,6 +35,13 @@ if TYPE_CHECKING:
 
 def _nothing() -> None:
     """What a failed hook answers when vLLM expects no answer."""
+
+
+def _waits_for_layers(context: ForwardContext) -> bool:
+    """Whether the forward pass that runs in this context will call ``wait_for_layer_load``: it does not without
+    attention, nor where attention is replayed as a part of one CUDA graph. The GPU model runner V2 replays such a graph
+    without any context of its own, and then this one has no attention either."""
+    return bool(context.attn_metadata) and context.cudagraph_runtime_mode != CUDAGraphMode.FULL
 
 
 class KvdConnector(KVConnectorBase_V1, SupportsHMA):
@@ -169,12 +177,15 @@ class KvdConnector(KVConnectorBase_V1, SupportsHMA):
 
     @guarded(_nothing)
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Starts loads; waits for those that the step itself needs."""
+        """Starts loads; waits for those that the step itself needs unless its forward pass will."""
         if self._worker is not None and self._orders is not None:
-            self._worker.load(self._orders)
+            self._worker.load(self._orders, by_layer=_waits_for_layers(forward_context))
 
+    @guarded(_nothing)
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: what a forward pass needs is there before it starts."""
+        """The forward pass comes to this layer."""
+        if self._worker is not None:
+            self._worker.await_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Nothing: whole chunks are stored, after the step that completed them."""

@@ -37,6 +37,13 @@ class Grid:
         """Key of a chunk: the chained hash of its last block, with the weights of the request's adapter."""
         return self.adapters.key(request, request.block_hashes[(chunk + 1) * self.chunk_blocks - 1])
 
+    def keys(self, request: Request, chunks: int) -> list[bytes]:
+        """Keys of the first ``chunks`` chunks. Without an adapter they are its hashes: nothing is computed."""
+        if self.adapters.salt(request):
+            return [self.key(request, chunk) for chunk in range(chunks)]
+        blocks = self.chunk_blocks
+        return list(map(bytes, request.block_hashes[blocks - 1 : chunks * blocks : blocks]))
+
     def full_chunks(self, hashes: list[bytes]) -> int:
         """Chunks whose key is known."""
         return len(hashes) // self.chunk_blocks
@@ -110,7 +117,7 @@ class Matching:
 
     def _look_up(self, request: Request, computed: int, chunks: int, limit: int, former: _Match | None) -> _Match:
         grid, skip, now = self._grid, computed // self._grid.chunk_tokens, time.monotonic()
-        keys = [grid.key(request, i) for i in range(chunks)]
+        keys = grid.keys(request, chunks)
         lease = self._controller.lookup(keys, skip, again=former is not None)
         match = _Match(now, computed, skip, lease, 0, False)
         promoting = lease.promoting if lease is not None else 0

@@ -13,7 +13,7 @@ class Options:
 
     #: ``unix:PATH`` or ``tcp://HOST:PORT``; None = the local daemon's socket.
     endpoint: str | None = None
-    #: Loads run beside the engine's steps; False: within the step that needs the pages.
+    #: Loads run beside the engine's steps; False: within the step that needs the pages, layer by layer.
     load_async: bool = True
     #: Longest time a scheduler step waits for the daemon to answer a lookup.
     lookup_timeout_s: float = 0.1

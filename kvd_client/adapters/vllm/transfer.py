@@ -12,21 +12,18 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from kvd.wire.chunks import Location
 from kvd.wire.errors import KvdError
 from kvd_client.adapters.vllm.buffers import Buffers
+from kvd_client.adapters.vllm.loading import Loader, Progress, pieces_of
 from kvd_client.adapters.vllm.log import complain, logger
 from kvd_client.adapters.vllm.meta import LoadJob, LoadReport, StoreJob, StoreReport, WorkerNews
 from kvd_client.adapters.vllm.stats import Tally
 from kvd_client.copier import MAX_INFLIGHT_BYTES, Copier, Form, Mark, Pending
-from kvd_client.path import Attachment, DataPath, Piece, open_path
+from kvd_client.path import Attachment, DataPath, open_path
 
 if TYPE_CHECKING:
-    from kvd.wire.spans import Span
     from kvd_client.adapters.vllm.options import Options
 
-#: Loads are copied and checked in batches of about so many bytes, so that a deadline or a lost chunk costs little.
-BATCH_BYTES = 64 << 20
 #: Most bytes that stores over TCP may hold in memory of their own.
 STORE_BUFFER_BYTES = MAX_INFLIGHT_BYTES
 #: Bytes of a store are under way for so long at most.
@@ -62,7 +59,7 @@ class Transfers:
         self._wanted: Attachment | None = None
         self._tried_at = 0.0
         self._store_buffers = Buffers(copier.store_bytes, STORE_BUFFER_BYTES)
-        self._load_buffers = Buffers(copier.load_bytes, copier.load_bytes)  # one: loads go one after the other
+        self._loader = Loader(copier)
         self._loads: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._stores: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads = [
@@ -103,13 +100,14 @@ class Transfers:
         if not started:
             self._stored(job, set(range(len(job.locations))))
 
-    def start_load(self, job: LoadJob) -> threading.Event:
-        """Hands a load to its thread. The event is set when it is over and its outcome can be collected."""
-        done = threading.Event()
+    def start_loads(self, jobs: list[LoadJob], *, by_layer: bool = False) -> Progress:
+        """Hands loads to their thread: one after the other, or all together ``by_layer``. All have one deadline."""
+        progress = Progress()
         deadline = time.monotonic() + self._options.load_timeout_s
         mark = self._copier.mark()
-        self._put(self._loads, lambda: self._load(job, mark, deadline, done))
-        return done
+        load = self._load_layers if by_layer else self._load_chunks
+        self._put(self._loads, lambda: load(jobs, mark, deadline, progress))
+        return progress
 
     def lose(self, job: LoadJob) -> None:
         """Reports a load that could not even be handed over."""
@@ -187,7 +185,7 @@ class Transfers:
             if gathered:
                 pieces, owners = [], []
                 for chunk, (location, buffer) in enumerate(zip(job.locations, buffers, strict=True)):
-                    cut = _pieces(location, self._copier.store_spans, buffer)
+                    cut = pieces_of(location, buffer, self._copier.store_spans)
                     pieces += cut
                     owners += [chunk] * len(cut)
                 sent = path.write(job.lease_id, pieces, deadline)
@@ -205,62 +203,39 @@ class Transfers:
 
     # -- loads
 
-    def _load(self, job: LoadJob, mark: Mark | None, deadline: float, done: threading.Event) -> None:
-        began, good = time.monotonic(), 0
+    def _load_chunks(self, jobs: list[LoadJob], mark: Mark | None, deadline: float, progress: Progress) -> None:
         try:
-            path = self._await_path(job.epoch) if time.monotonic() < deadline else None
-            if path is not None:
-                good = self._copy(path, job, mark, deadline)
+            for job in jobs:
+                began, good = time.monotonic(), 0
+                try:
+                    path = self._await_path(job.epoch) if began < deadline else None
+                    if path is not None:
+                        good = self._loader.by_chunk(path, job, mark, deadline)
+                except Exception:
+                    complain("load", "kvd: a load failed and is computed instead", exc_info=True)
+                self._over(job, good, time.monotonic() - began)
+        finally:
+            progress.end()
+
+    def _load_layers(self, jobs: list[LoadJob], mark: Mark | None, deadline: float, progress: Progress) -> None:
+        began, good = time.monotonic(), [0] * len(jobs)
+        try:
+            paths = {job.epoch: self._await_path(job.epoch) if began < deadline else None for job in jobs}
+            found = [(i, path, job) for i, job in enumerate(jobs) if (path := paths[job.epoch]) is not None]
+            counts = self._loader.by_layer([(path, job) for _, path, job in found], mark, deadline, progress.reach)
+            for (i, _, _), count in zip(found, counts, strict=True):
+                good[i] = count
         except Exception:
-            complain("load", "kvd: a load failed and is computed instead", exc_info=True)
+            complain("load", "kvd: loads failed and are computed instead", exc_info=True)
         finally:
-            self._tally.loaded(good, self._copier.load_bytes, time.monotonic() - began)
-            self._loaded(job, None if good == len(job.blocks) else good)
-            done.set()
+            share_s = (time.monotonic() - began) / len(jobs)
+            for job, count in zip(jobs, good, strict=True):
+                self._over(job, count, share_s)
+            progress.end()
 
-    def _copy(self, path: DataPath, job: LoadJob, mark: Mark | None, deadline: float) -> int:
-        """Loads batches until a chunk fails; returns how many at the front are good, checked after their copy."""
-        step = max(1, BATCH_BYTES // self._copier.load_bytes) if path.kind == "shm" else 1
-        copy = self._copy_in_place if path.kind == "shm" else self._copy_packed
-        for first in range(0, len(job.locations), step):
-            batch = slice(first, first + step)
-            good = copy(path, job.lease_id, job.locations[batch], job.blocks[batch], mark, deadline)
-            if good < len(job.locations[batch]):
-                return first + good
-        return len(job.locations)
-
-    def _copy_in_place(
-        self,
-        path: DataPath,
-        lease_id: int,
-        locations: list[Location],
-        blocks: list[list[int]],
-        mark: Mark | None,
-        deadline: float,
-    ) -> int:
-        views = [path.view(location, self._copier.chunk_bytes) for location in locations]
-        sources = [view for view in views if view is not None]
-        if len(sources) < len(views) or not self._copier.load(blocks, sources, Form.SLOT, deadline, mark):
-            return 0
-        intact = path.intact(locations)
-        return intact.index(False) if False in intact else len(intact)
-
-    def _copy_packed(
-        self,
-        path: DataPath,
-        lease_id: int,
-        locations: list[Location],
-        blocks: list[list[int]],
-        mark: Mark | None,
-        deadline: float,
-    ) -> int:
-        buffers = self._load_buffers.take(1)
-        assert buffers is not None
-        try:
-            arrived = all(path.read(lease_id, _pieces(locations[0], self._copier.load_spans, buffers[0]), deadline))
-            return int(arrived and self._copier.load(blocks, buffers, Form.PACKED, deadline, mark))
-        finally:
-            self._load_buffers.give(buffers)
+    def _over(self, job: LoadJob, good: int, took_s: float) -> None:
+        self._tally.loaded(good, self._copier.load_bytes, took_s)
+        self._loaded(job, None if good == len(job.blocks) else good)
 
     def _loaded(self, job: LoadJob, failed_from: int | None) -> None:
         if failed_from is not None:
@@ -324,12 +299,3 @@ class Transfers:
                 with self._lock:
                     self._tasks -= 1
                     self._ended.notify_all()
-
-
-def _pieces(location: Location, spans: list[Span], buffer: memoryview) -> list[Piece]:
-    """The spans of one chunk, back to back in ``buffer``."""
-    pieces, at = [], 0
-    for span in spans:
-        pieces.append(Piece(location, span, buffer[at : at + span.size]))
-        at += span.size
-    return pieces

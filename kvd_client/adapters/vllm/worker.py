@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvd_client.adapters.vllm.identity import check_cacheable, choose_chunk_blocks
+from kvd_client.adapters.vllm.loading import Progress
 from kvd_client.adapters.vllm.log import complain, logger
-from kvd_client.adapters.vllm.meta import Geometry, KvdMetadata, WorkerFacts, WorkerNews
+from kvd_client.adapters.vllm.meta import Geometry, KvdMetadata, LoadJob, WorkerFacts, WorkerNews
 from kvd_client.adapters.vllm.options import Options
 from kvd_client.adapters.vllm.stats import KvdStats, Tally
 from kvd_client.adapters.vllm.transfer import Transfers
@@ -31,6 +34,18 @@ CPU_STEP_BYTES = 32 << 20
 GRACE_S = 5.0
 
 
+@dataclass
+class _Needed:
+    """The loads that this step's forward pass needs."""
+
+    jobs: list[LoadJob]
+    progress: Progress
+    deadline: float
+    by_layer: bool
+    asked: set[int] = field(default_factory=set)  # layers that the engine has waited for before it used them
+    late: bool = False
+
+
 class Worker:
     """One rank. Every method is called on the engine's thread."""
 
@@ -43,6 +58,9 @@ class Worker:
         self._transfers: Transfers | None = None
         self._kv_caches: dict[str, torch.Tensor] = {}
         self._stores_due = False
+        self._layers: dict[str, int] = {}  # this rank's layers, by name, counted from its first
+        self._needed: _Needed | None = None
+        self._asks_for_layers = True
         self._news = WorkerNews()
         self._lost_blocks: set[int] = set()
 
@@ -67,6 +85,7 @@ class Worker:
             self._facts = WorkerFacts(None, f"the KV caches could not be understood: {error!r}")
             return
         self._transfers = Transfers(copier, self._options, self._tally)
+        self._layers = {name: layer for layer, name in enumerate(views)}
         on_device = next(iter(views.values())).device.type != "cpu"
         self._facts = WorkerFacts(geometry, step_bytes=DEVICE_STEP_BYTES if on_device else CPU_STEP_BYTES)
 
@@ -79,7 +98,7 @@ class Worker:
         """Lets go of the pages, because the engine goes to sleep or ends. Waits for what is under way."""
         if self._transfers is not None:
             self._transfers.close()
-            self._transfers = None
+            self._transfers = self._needed = None
 
     def restore(self) -> None:
         """The pages are back where they were."""
@@ -93,25 +112,38 @@ class Worker:
         if self._transfers is not None:
             self._transfers.attach(orders.attachment)
 
-    def load(self, orders: KvdMetadata) -> None:
-        """Starts the step's loads; those that this step's forward pass needs are waited for."""
-        waiting = []
-        for job in orders.loads:
-            if self._transfers is None:
+    def load(self, orders: KvdMetadata, *, by_layer: bool) -> None:
+        """Starts the step's loads. Those that its forward pass needs are waited for here, or in ``await_layer`` when
+        the forward pass is going to ask for each layer before it uses it (``by_layer``)."""
+        if self._transfers is None:
+            if orders.loads:
                 complain("no-pages", "kvd: a load was ordered, but there are no pages to load into")
-                self._lost_blocks |= job.blocks_from(0)
-                continue
-            try:
-                done = self._transfers.start_load(job)
-                if job.synchronous:
-                    waiting.append((job, done))
-            except Exception:
-                complain("start-load", "kvd: a load could not be started", exc_info=True)
-                self._transfers.lose(job)
-        for job, done in waiting:
-            if not done.wait(self._options.load_timeout_s + GRACE_S):
-                logger.error("kvd: a load did not end by its deadline; computing its tokens")
-                self._lost_blocks |= job.blocks_from(0)
+            self._lose(orders.loads)
+            return
+        for job in orders.loads:
+            if not job.synchronous:
+                self._start(self._transfers, [job], by_layer=False)
+        needed = [job for job in orders.loads if job.synchronous]
+        if needed:
+            by_layer = by_layer and self._asks_for_layers
+            deadline = time.monotonic() + self._options.load_timeout_s + GRACE_S
+            if (progress := self._start(self._transfers, needed, by_layer=by_layer)) is not None:
+                self._needed = _Needed(needed, progress, deadline, by_layer)
+            if not by_layer:
+                self._settle()
+
+    def await_layer(self, name: str) -> None:
+        """The forward pass is about to use this layer's pages. Returns when they are there, or when it is known that
+        this step's result cannot be used for the requests whose pages they are; in time either way."""
+        needed = self._needed
+        if needed is None:
+            return
+        # A layer that has no pages of its own uses another's: then all of them are waited for.
+        layer = self._layers.get(name)
+        until = len(self._layers) if layer is None else layer + 1
+        needed.late |= not needed.progress.wait(needed.deadline, until)
+        if layer is not None:
+            needed.asked.add(layer)
 
     def store(self, orders: KvdMetadata) -> None:
         """Takes the step's chunks out of their pages. Once per step, from whichever hook comes first."""
@@ -124,6 +156,7 @@ class Worker:
 
     def finished(self, orders: KvdMetadata) -> tuple[set[str], set[str]]:
         """Requests whose blocks are free again, and requests whose asynchronous load is over."""
+        self._settle()
         self.store(orders)
         arrived: set[str] = set()
         if self._transfers is not None:
@@ -149,6 +182,35 @@ class Worker:
     def take_stats(self) -> KvdStats | None:
         """Numbers since the last time."""
         return self._tally.take()
+
+    # -- inside
+
+    def _start(self, transfers: Transfers, jobs: list[LoadJob], *, by_layer: bool) -> Progress | None:
+        try:
+            return transfers.start_loads(jobs, by_layer=by_layer)
+        except Exception:
+            complain("start-load", "kvd: a load could not be started", exc_info=True)
+            for job in jobs:
+                transfers.lose(job)
+            return None
+
+    def _settle(self) -> None:
+        """Waits until the loads that the step needed are over. Before its outcome is collected: a load that fails after
+        the forward pass has used a part of it must be reported with this very step, whose result is then dropped."""
+        needed, self._needed = self._needed, None
+        if needed is None:
+            return
+        if not needed.progress.wait(needed.deadline) or needed.late:
+            logger.error("kvd: a load did not end by its deadline; computing its tokens")
+            self._lose(needed.jobs)
+        elif needed.by_layer and len(needed.asked) < len(self._layers):
+            self._asks_for_layers = False
+            logger.warning("kvd: the engine did not wait for every layer; from now on loads end before its step begins")
+            self._lose(needed.jobs)
+
+    def _lose(self, jobs: list[LoadJob]) -> None:
+        for job in jobs:
+            self._lost_blocks |= job.blocks_from(0)
 
 
 def describe(

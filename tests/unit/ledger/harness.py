@@ -66,6 +66,26 @@ class Table:
         return self.words.get(offset, 0)
 
 
+class Shown:
+    """A presence table that insists on one addition and one removal of every key."""
+
+    def __init__(self) -> None:
+        self.keys: set[tuple[bytes, bytes]] = set()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def add(self, namespace_id: bytes, key: bytes) -> None:
+        assert (namespace_id, key) not in self.keys, "a key was added that is there"
+        self.keys.add((namespace_id, key))
+
+    def remove(self, namespace_id: bytes, key: bytes) -> None:
+        self.keys.remove((namespace_id, key))
+
+    def may_hold(self, namespace_id: bytes, key: bytes) -> bool:
+        return (namespace_id, key) in self.keys
+
+
 class Pool:
     """A store over ``granules`` of 4 KiB, with shorthand for what tests do all the time."""
 
@@ -74,9 +94,12 @@ class Pool:
     ) -> None:
         self.clock = Clock()
         self.table = Table()
+        self.shown = Shown()
         self.limits = Limits(**{"max_writing_share": 1.0, **limits})  # type: ignore[arg-type]
         self.slabs = SlabAllocator(granules * GRANULE)
-        self.store = ChunkStore(self.slabs, self.table, self.limits, self.clock, policy, ttl_s=ttl_s)
+        self.store = ChunkStore(
+            self.slabs, self.table, self.limits, self.clock, policy, ttl_s=ttl_s, presence=self.shown
+        )
         self.leases = itertools.count(1)
         self._sessions = itertools.count(1)
 

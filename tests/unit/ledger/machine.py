@@ -183,6 +183,7 @@ class StoreMachine(RuleBasedStateMachine):
         before = {one for one in self.model.chunks.values() if not self.model.held(one)}
         sacred = {self.model.chunks.get((space, name)) for name, _ in items}
         results = self.store.reserve(session, namespace.id, lease, items)
+        self.model.requests += 1
         evicted = self.forget_evicted(before, sacred)
         refused = False
         for (name, parent), result in zip(items, results, strict=True):
@@ -332,6 +333,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ time, operators
 
+    @rule(most=st.sampled_from([1, 2, 5, 100]))
+    def catch_up(self, most: int) -> None:
+        waiting = sum(len(prefix) for prefix, _ in self.store._uses._queue)
+        assert self.store.catch_up(most) is (waiting <= most)
+
     @rule(seconds=st.sampled_from([0.5, 4.0, 5.0, 20.0, 31.0]))
     def pass_time(self, seconds: float) -> None:
         self.pool.pass_time(seconds)
@@ -408,6 +414,24 @@ class StoreMachine(RuleBasedStateMachine):
         for chunk in self.model.chunks.values():
             if chunk.state is READY and chunk.parent != ROOT:
                 assert self.model.chunks[chunk.space, chunk.parent].state is READY
+
+    @invariant()
+    def uses_are_counted_in_the_order_of_the_requests(self) -> None:
+        """Whether they are in the books or wait."""
+        books = self.store._books
+        used = {chunk: (chunk.touched, chunk.uses) for chunk in books.by_offset.values()}
+        for prefix, stamp in self.store._uses._queue:
+            for number, chunk in enumerate(prefix, stamp + 1):
+                if chunk in used:
+                    used[chunk] = number, used[chunk][1] + 1
+        by_stamp = []
+        for chunk in self.model.chunks.values():
+            if chunk.state is READY:
+                stamp, uses = used[books.by_offset[chunk.location.offset]]
+                assert uses == chunk.uses
+                by_stamp.append((stamp, chunk.used_by))
+        assert [request for _, request in sorted(by_stamp)] == sorted(request for _, request in by_stamp)
+        assert max([stamp for stamp, _ in by_stamp], default=0) <= books.last_stamp
 
     @invariant()
     def figures_agree_with_the_model(self) -> None:

@@ -34,6 +34,8 @@ class Chunk:
     covered: set[int] = field(default_factory=set)
     poisoned: bool = False
     doomed: bool = False
+    uses: int = 0
+    used_by: int = 0  # number of the request that used it last
 
 
 @dataclass(eq=False)
@@ -62,6 +64,7 @@ class Model:
     pinned: set[tuple[Space, bytes]] = field(default_factory=set)
     too_much: bool = False
     generations: set[int] = field(default_factory=set)
+    requests: int = 0  # that have used anything
 
     # ---------------------------------------------------------------- questions
 
@@ -125,7 +128,12 @@ class Model:
 
     # ---------------------------------------------------------------- reading
 
+    def use(self, chunk: Chunk) -> None:
+        chunk.uses += 1
+        chunk.used_by = self.requests
+
     def lookup(self, space: Space, keys: list[bytes], skip: int) -> tuple[list[Chunk], int]:
+        self.requests += 1
         found: list[Chunk] = []
         writing = 0
         previous = ROOT
@@ -135,6 +143,7 @@ class Model:
                 break
             if chunk.state is READY:
                 found.append(chunk)
+                self.use(chunk)
             else:
                 writing += 1
             previous = name
@@ -143,7 +152,7 @@ class Model:
     # ---------------------------------------------------------------- writing
 
     def reserve_status(self, space: Space, name: bytes, parent: bytes) -> ReserveStatus | None:
-        """The answer, as far as it does not depend on room: None = GRANTED or NO_ROOM."""
+        """The answer, as far as it does not depend on room: None = GRANTED or NO_ROOM. PRESENT is a use."""
         chunk = self.chunks.get((space, name))
         if parent != ROOT and (space, parent) not in self.chunks:
             return ReserveStatus.NO_PARENT
@@ -151,7 +160,10 @@ class Model:
             return None
         if chunk.parent != parent:
             return ReserveStatus.NO_PARENT
-        return ReserveStatus.PRESENT if chunk.state is READY else ReserveStatus.BUSY
+        if chunk.state is not READY:
+            return ReserveStatus.BUSY
+        self.use(chunk)
+        return ReserveStatus.PRESENT
 
     def grant(self, space: Space, session: int, lease: int, name: bytes, parent: bytes, result: ReserveResult) -> None:
         assert result.location is not None
@@ -164,6 +176,7 @@ class Model:
         self.chunks[space, name] = Chunk(space, name, parent, result.location, session, lease)
 
     def commit(self, space: Space, session: int, lease: int, items: list[tuple[bytes, set[int]]]) -> list[CommitStatus]:
+        self.requests += 1
         held = {chunk.key: chunk for chunk in self.under(session, lease)}
         touched: list[Chunk | None] = []
         answers: list[CommitStatus] = []
@@ -196,6 +209,7 @@ class Model:
         parent = self.chunks.get((chunk.space, chunk.parent))
         if chunk.state is WAITING and (chunk.parent == ROOT or (parent is not None and parent.state is READY)):
             chunk.state = READY
+            self.use(chunk)
             for child in self.children(chunk):
                 self.promote(child)
 

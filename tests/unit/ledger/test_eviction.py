@@ -54,9 +54,9 @@ class Tier:
         for number in numbers:
             node = self.inside[number]
             self.stamp += 1
-            before, node.touched = node.touched, self.stamp
+            node.touched = self.stamp
             node.uses += 1
-            self.policy.touch(node, before)
+            self.policy.touch((node,))
 
     def lease(self, number: int) -> None:
         """What a lookup and a release do."""

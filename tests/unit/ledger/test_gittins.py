@@ -117,6 +117,53 @@ def test_counts_by_time_are_bounded_and_old_ones_fade() -> None:
     assert sum(map(sum, reuse._used)) < 20_000
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_of_uses_is_learnt_as_if_they_came_one_by_one(seed: int) -> None:
+    dice, now = random.Random(seed), 1
+    single, runs = ReuseTimes(), ReuseTimes()
+    for _ in range(1500):
+        count, number = dice.choice((1, 1, 2, 7, 40, 700)), dice.randrange(1, 11)
+        following = min(number + dice.randrange(2), 10)
+        since = dice.randint(max(1, now - dice.choice((3, 100, 100_000))), now)
+        for step in range(count):
+            single.used(number, since + step, now + 1 + step)
+            single.began(following, now + 1 + step)
+        runs.again(number, following, since, now + 1, count)
+        now += count
+        assert (runs._waiting, runs._coarse, runs._used) == (single._waiting, single._coarse, single._used)
+        if now >= single.due:
+            single.learn(now)
+            runs.learn(now)
+            assert (runs.worth, runs.due) == (single.worth, single.due)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_prefix_is_used_as_if_its_chunks_were_used_one_by_one(seed: int) -> None:
+    dice = random.Random(seed)
+    policies: tuple[Gittins[Node], Gittins[Node]] = (Gittins(), Gittins())
+    trees: tuple[list[Node], list[Node]] = ([], [])
+    for _ in range(60):  # chains that hang on one another
+        above = dice.choice([None, *range(len(trees[0]))])
+        for _ in range(dice.choice((1, 5, 60))):
+            for policy, nodes in zip(policies, trees, strict=True):
+                parent = None if above is None else nodes[above]
+                nodes.append(Node(key(len(nodes)), SPACE, len(nodes), parent=parent, uses=1))
+                policy.enter(nodes[-1])
+            above = len(trees[0]) - 1
+    for _ in range(400):
+        at: Node | None = dice.choice(trees[0])
+        prefix: list[int] = []
+        while at is not None:
+            prefix.insert(0, int.from_bytes(at.key, "big"))
+            at = at.parent
+        policies[0].touch([trees[0][number] for number in prefix])
+        for number in prefix:
+            policies[1].touch([trees[1][number]])
+        assert [node.mark for node in trees[0]] == [node.mark for node in trees[1]]
+    assert policies[0]._reuse.learnt
+    assert policies[0]._reuse.worth == policies[1]._reuse.worth
+
+
 # ---------------------------------------------------------------- ghosts
 
 

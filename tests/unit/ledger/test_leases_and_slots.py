@@ -48,6 +48,21 @@ def test_bytes_that_still_arrive_keep_a_chunk_from_becoming_ready(
     assert pool.store.stats().pool.free_bytes == 16 * GRANULE
 
 
+def test_who_reads_a_whole_chunk_is_told_its_checksum_when_that_is_known(
+    pool: Pool, session: int, namespace: Namespace
+) -> None:
+    pool.write(session, namespace, *chain(1, 2))
+    lease, _ = pool.lease(session, namespace, *keys(1, 2))
+    chunks = [pool.store._books.spaces[namespace.id].chunks[one] for one in keys(1, 2)]
+    chunks[0].checksum = 4711
+    items = [pool.item(namespace, chunk.location) for chunk in chunks]
+    part = items[0]._replace(span=items[0].span._replace(run=10, stride=10))
+    ticket, statuses = pool.store.begin_io(session, Op.READ, lease, [*items, part])
+    assert statuses == [ItemStatus.OK] * 3
+    assert ticket.checksums == (4711, None, None)
+    pool.store.end_io(ticket)
+
+
 # ---------------------------------------------------------------- law 3: leases, generations, proven death
 
 

@@ -37,7 +37,7 @@ from kvd.types import (
     Write,
 )
 from kvd.wire.identity import Identity
-from tests.unit.ledger.harness import GRANULE, Clock, Table, key
+from tests.unit.ledger.harness import GRANULE, Clock, Shown, Table, key
 
 EXTENT_BYTES = 16 * GRANULE
 EXTENTS = 8
@@ -45,6 +45,19 @@ SLOTS = 16
 SLOT = 2 * GRANULE
 
 Content = tuple[bytes, bytes]
+
+
+class Lru(LeafLru[Any]):
+    """Insists that all uses are in when somebody is chosen to go."""
+
+    def __init__(self, life: Life) -> None:
+        super().__init__()
+        self._life = life
+
+    def coldest(self, size_class: int) -> Any:
+        uses = self._life.store._uses
+        assert not uses._queue or uses._catching_up, "somebody was chosen while uses waited"
+        return super().coldest(size_class)
 
 
 class Journal:
@@ -122,6 +135,7 @@ class Life:
 
     def start(self) -> None:
         self.table = Table()
+        self.shown = Shown()
         self.extents = Extents(1, first_sequence=self.dice.randrange(1, 5))
         existing = {extent for extent, _ in self.disk}
         self.extents.attach(0, EXTENT_BYTES + GRANULE, EXTENTS, existing)
@@ -141,6 +155,7 @@ class Life:
             journal=self.journal,
             disks=disks,
             ttl_s=self.ttl_s,
+            presence=self.shown,
         )
         entries = list(self.journal.entries.values())
         self.dice.shuffle(entries)
@@ -159,7 +174,7 @@ class Life:
         self.writing: list[tuple[int, dict[bytes, int]]] = []
 
     def policy(self, size: Callable[[Any], int]) -> EvictionPolicy[Any]:
-        return SharedPolicy(self.shares, LeafLru, size) if self.shares else LeafLru()
+        return SharedPolicy(self.shares, lambda: Lru(self), size) if self.shares else Lru(self)
 
     def slots_in_books(self) -> set[int]:
         return set(self.store._books.by_offset)
@@ -213,8 +228,10 @@ class Life:
     def look(self, again: bool = False) -> None:
         path = self.path()
         self.lease += 1
+        shown = [self.shown.may_hold(self.namespace.id, name) for name in path]
         result = self.store.lookup(self.session, self.namespace.id, self.lease, path, again=again)
         assert result.promoting + len(result.locations) <= len(path)
+        assert all(shown[: len(result.locations) + result.promoting]), "a client would not have asked"
         for name, location in zip(path, result.locations, strict=False):
             assert self.pool[location.offset] == (self.namespace.id, name), "wrong bytes"
             assert self.table.words[location.offset] == location.generation
@@ -235,6 +252,9 @@ class Life:
             self.writers.clear()
         self.clock.now += self.dice.choice([0.1, 0.6, 2.5, 40.0])
         self.store.tick()
+
+    def catch_up(self) -> None:
+        self.store.catch_up(self.dice.choice([1, 3, 100]))
 
     def drop(self) -> None:
         self.store.drop("t", self.namespace.id)
@@ -322,6 +342,7 @@ class Life:
             self.move_bytes: 25,
             self.scan_one: 3,
             self.pass_time: 2,
+            self.catch_up: 3,
             self.drop: 0.1,
             self.drive: 0.3,
             self.die: 0.5,

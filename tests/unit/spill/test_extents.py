@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvd.ledger.terms import ExtentSpace
-from kvd.spill.extents import Extents, extent_bytes_for, extents_in
+from kvd.spill.extents import Extents, extent_bytes_for, extents_in, index_bytes_in
 from kvd.spill.record import HEADER_BYTES
 from kvd.types import Place
 
@@ -50,6 +50,14 @@ def test_extents_are_a_sixteenth_of_the_drive_within_bounds() -> None:
         assert extents_in(size, extent_bytes_for(size)) * extent_bytes_for(size) < size
     with pytest.raises(ValueError, match="smaller"):
         extent_bytes_for(mib)
+
+
+@pytest.mark.parametrize("size", [2 << 20, 9 << 20, 40 << 20, 123_456_789, 1 << 34, 1 << 40])
+def test_extents_and_their_indexes_leave_room_for_what_is_neither(size: int) -> None:
+    extent_bytes = extent_bytes_for(size)
+    extents, index_bytes = extents_in(size, extent_bytes), index_bytes_in(size, extent_bytes)
+    assert extents * (extent_bytes + index_bytes) <= size - max(1 << 17, size // 512)
+    assert index_bytes % PAGE == 0 and index_bytes > extent_bytes // 512 - PAGE
 
 
 def test_records_of_a_life_follow_each_other_and_drives_take_turns() -> None:

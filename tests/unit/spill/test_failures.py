@@ -172,6 +172,7 @@ def test_extents_that_vanish_are_told_and_the_rest_stays(tmp_path: Path) -> None
 def test_a_directory_that_is_removed_is_made_anew_and_what_it_held_is_told(tmp_path: Path) -> None:
     with Rig([tmp_path]) as rig:
         place = rig.stored(SPACE, key(1), CHUNK)
+        wait_until(rig.extent_path(place).with_suffix(".index").exists, what="the keeper to have done its part")
         shutil.rmtree(tmp_path / "kvd-spill")
         wait_until(lambda: rig.listener.losses, what="the loss")
         assert rig.listener.losses == [(0, [place.extent])]
@@ -333,7 +334,9 @@ def test_a_record_in_pieces_gets_its_header_last(
     with Rig([tmp_path], files=files) as rig:
         reached: list[str] = []
         monkeypatch.setattr(transfer, "reach", lambda name: reached.append(f"{name} {files.calls.count('pwritev')}"))
-        rig.stored(namespace("first", PAGE), key(0), bytes(PAGE))  # opens the extent
+        first = rig.stored(namespace("first", PAGE), key(0), bytes(PAGE))  # opens the extent
+        index = rig.extent_path(first).with_suffix(".index")
+        wait_until(lambda: index.exists() and index.stat().st_size > 0, what="the keeper to have done its part")
         files.calls.clear()
         reached.clear()
         place = rig.stored(space, key(1), bytes(space.chunk_bytes))

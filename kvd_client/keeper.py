@@ -24,6 +24,8 @@ LONGEST_PAUSE_S = 1.0
 GIVE_UP_S = 30.0
 #: The keeper looks around at least so often; everything that matters wakes it earlier.
 IDLE_S = 5.0
+#: What is owed to the daemon is gathered for so long: told at once, a release would be in the way of the next lookup.
+GATHER_S = 0.005
 CLOSE_TIMEOUT_S = 5.0
 
 
@@ -135,7 +137,8 @@ class SessionKeeper:
                     self.breaker.close()
                 session.settle()
                 silent_since, pause_s = None, FIRST_PAUSE_S
-                self._wake.wait(IDLE_S)
+                if self._wake.wait(IDLE_S):
+                    self._closing.wait(GATHER_S)
             except KvdError as error:
                 self._note(error)
                 silent_since = silent_since or time.monotonic()

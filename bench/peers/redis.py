@@ -26,7 +26,7 @@ class PeerServer:
         if binary is None:
             raise RuntimeError("redis-server is not installed: run bench/install.sh redis")
         self.python = python_of(ROOT, "redis")
-        port, path = free_port(), str(Path(directory) / "redis.sock")
+        port, path = free_port(), str(Path(directory).resolve() / "redis.sock")
         settings = ["--bind", "127.0.0.1", "--port", str(port), "--unixsocket", path]
         settings += ["--save", "", "--appendonly", "no"]
         settings += ["--maxmemory", str(pool_bytes), "--maxmemory-policy", "allkeys-lru"]

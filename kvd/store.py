@@ -40,6 +40,7 @@ from kvd.ledger.transfers import Transfers
 from kvd.ledger.uses import Uses
 from kvd.ledger.writing import Writing
 from kvd.types import ROOT, CommitStatus, LeaseId, LookupResult, Namespace, Pin, ReserveResult, SessionId, Stripe
+from kvd.wire.calls import MAX_STRIPES
 from kvd.wire.errors import InvalidRequest, LimitReached, NamespaceUnknown
 from kvd.wire.frames import MAX_ITEMS, Item, ItemStatus, Op
 from kvd.wire.identity import KEY_BYTES, Identity
@@ -61,8 +62,6 @@ __all__ = [
     "TenantFigures",
 ]
 
-#: Most stripes in one item of Commit; an engine sends one per rank.
-MAX_STRIPES = 4096
 #: Most lookups that a client says at a time to have known to be misses: a million in the two seconds of a heartbeat.
 MAX_MISSED_LOOKUPS = 1 << 20
 
@@ -259,7 +258,13 @@ class ChunkStore:
         """
         book, space = self._sessions.get_open(session, namespace_id)
         self._check_keys([key for key, _ in items])
-        cells = [(key, self._cells(space, stripes)) for key, stripes in items]
+        cells: list[tuple[bytes, int]] = []
+        counted: Sequence[Stripe] | None = None
+        mask = 0
+        for key, stripes in items:
+            if stripes is not counted:  # one list for all of thousands of keys is looked at once
+                counted, mask = stripes, self._cells(space, stripes)
+            cells.append((key, mask))
         self._advance()
         return self._writing.commit(space, self._write_lease(book, space, lease_id), cells)
 

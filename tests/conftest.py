@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import Phase, settings
 
 from tests.leftovers import Leftovers
 
@@ -11,6 +12,12 @@ ENGINE_DEADLINE_S = 600
 
 #: How long processes that were told to end may take for it when the last test is over.
 GRACE_S = 10.0
+
+# A failure says at once what it is: looking for a smaller one can take minutes, and then only the deadline is seen.
+settings.register_profile("kvd", phases=(Phase.explicit, Phase.reuse, Phase.generate), print_blob=True)
+# For whoever hunts one: --hypothesis-profile=shrink --timeout=0.
+settings.register_profile("shrink", print_blob=True)
+settings.load_profile("kvd")
 
 _LEFTOVERS = pytest.StashKey[Leftovers]()
 _COMPLAINTS = pytest.StashKey[list[str]]()

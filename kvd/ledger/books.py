@@ -47,6 +47,9 @@ class Slots(Protocol):
     def taken_bytes(self) -> int:
         """Bytes of slots in use."""
 
+    def room_bytes(self, slot_bytes: int) -> int:
+        """Bytes that can be given out in slots of this size with nothing emptied."""
+
     def slot_bytes(self, chunk_bytes: int) -> int:
         """Size of the slot of a chunk."""
 

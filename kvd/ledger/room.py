@@ -26,7 +26,8 @@ class RoomMaker:
     Two ways to make room are compared by what they lose per byte that they gain: evicting the next victim of the same
     slot size, or emptying a window of slabs of other sizes. The chance that a chunk is wanted again is taken to be
     inverse to its age, the uses of chunks since its own last one; what is free already loses nothing. Scanning the
-    windows is O(slabs), so it is done once per request and again only when the slot size has no victim left.
+    windows is O(slabs), so it is done once per request and again only when the slot size has no victim left, or its
+    victim is worth more than who comes.
 
     Where shares say what may be taken for whom (``kvd.ledger.shares``), this is asked first of everything.
     """
@@ -36,8 +37,10 @@ class RoomMaker:
         self._space = space
         self._slot_bytes = space.slot_bytes
         self._compared = False
+        self._refused = False
         self._full = False
         self._next: Chunk | None = None  # the victim, when that is known
+        self._slabs: tuple[int, ...] = ()  # what is emptied instead of it, when that is known
         books.settle()
 
     def slot(self, newcomer: bytes | None = None, parent: Chunk | None = None) -> int | None:
@@ -45,12 +48,13 @@ class RoomMaker:
 
         None as well when the policy says that ``newcomer``, below ``parent``, is worth less than who would go for it.
         """
-        self._next = None
+        self._next, self._slabs = None, ()
         if self._full or (newcomer is not None and not self._admits(newcomer, parent)):
             return None
         offset = None
         if self._within_hard_share():
-            offset = self._books.slots.allocate(self._slot_bytes)
+            if not self._slabs:
+                offset = self._books.slots.allocate(self._slot_bytes)
             if offset is None and self._make():
                 offset = self._books.slots.allocate(self._slot_bytes)
         self._full = offset is None
@@ -59,12 +63,24 @@ class RoomMaker:
         return offset
 
     def _admits(self, newcomer: bytes, parent: Chunk | None) -> bool:
-        """Whether ``newcomer`` is let in: always while there is room, and always on its way to a disk."""
+        """Whether ``newcomer`` is let in: always while there is room, and always on its way to a disk.
+
+        Otherwise it is compared with who would go for it; of another size as well, or chunks of a size that comes late
+        would only ever have the places of each other.
+        """
         books = self._books
-        if books.records is not None or books.slots.free_bytes > books.slots.total_bytes * _ROOM_SHARE:
+        slots = books.slots
+        if books.records is not None or slots.room_bytes(self._slot_bytes) > slots.total_bytes * _ROOM_SHARE:
             return True
         victim = self._next = self._victim()
-        return victim is None or books.policy.admits(self._space, newcomer, parent, victim)
+        if victim is None or books.policy.admits(self._space, newcomer, parent, victim):
+            return True
+        if not self._refused:
+            slabs = self._coldest_window(victim)
+            if all(books.policy.admits(self._space, newcomer, parent, chunk) for chunk in self._inside(slabs)):
+                self._slabs = slabs
+            self._refused = not self._slabs
+        return bool(self._slabs)
 
     def _within_hard_share(self) -> bool:
         """Whether there may be one more slot of the namespace, after evicting others in its share if need be."""
@@ -83,12 +99,13 @@ class RoomMaker:
 
     def _make(self) -> bool:
         victim = self._next or self._victim()
-        if victim is None or not self._compared:
+        slabs = self._slabs
+        if not slabs and (victim is None or not self._compared):
             self._compared = True
             slabs = self._coldest_window(victim)
-            if slabs:
-                self._empty(slabs)
-                return True
+        if slabs:
+            self._empty(slabs)
+            return True
         if victim is None:
             return False
         self._evict(victim)

@@ -174,7 +174,8 @@ class Spilling:
         at: Chunk | None = chunk
         while at is not None and at.record is None and not at.to_write:
             if at in self._postponed and not self._scanned:
-                for one in prefix:
+                # A scan that waits for a drive may never end: then what is used again is offered again, and no more.
+                for one in prefix if self._clock() < self._sure_at else ():
                     self._postpone(one)
                 return
             prefix.append(at)

@@ -93,12 +93,13 @@ class _Slab:
 
 
 class _SizeClass:
-    """The slabs of one slot size: how many there are, and those with room, lowest offset first."""
+    """The slabs of one slot size: how many there are, their free slots, and those with room, lowest offset first."""
 
-    __slots__ = ("roomy", "slabs")
+    __slots__ = ("idle", "roomy", "slabs")
 
     def __init__(self) -> None:
         self.slabs = 0
+        self.idle = 0
         self.roomy: list[int] = []
 
 
@@ -132,6 +133,11 @@ class SlabAllocator:
         """Bytes of slots in use. What is neither free nor taken is idle: free slots and remainders of slabs."""
         return self._taken_bytes
 
+    def room_bytes(self, slot_bytes: int) -> int:
+        """Bytes for slots of ``slot_bytes`` with nothing emptied: those in no slab, and the free slots of this size."""
+        size_class = self._classes.get(slot_bytes)
+        return self.free_bytes + (0 if size_class is None else size_class.idle * slot_bytes)
+
     @staticmethod
     def slot_bytes(chunk_bytes: int) -> int:
         """Size of the slot that a chunk of ``chunk_bytes`` gets."""
@@ -143,16 +149,12 @@ class SlabAllocator:
         while size_class is not None and size_class.roomy:
             slab = self._slab_from(size_class.roomy[0])
             if slab is not None and slab.slot_bytes == slot_bytes and slab.taken < slab.slots:
-                self._taken_bytes += slot_bytes
-                return slab.take()
+                return self._take(slab)
             heapq.heappop(size_class.roomy)
             if slab is not None and slab.slot_bytes == slot_bytes:
                 slab.listed = False
         slab = self._new_slab(slot_bytes)
-        if slab is None:
-            return None
-        self._taken_bytes += slot_bytes
-        return slab.take()
+        return None if slab is None else self._take(slab)
 
     def claim(self, offset: int, slot_bytes: int) -> None:
         """Mark the slot of ``slot_bytes`` at ``offset`` as in use: an allocator of the same pool has given it out.
@@ -168,6 +170,7 @@ class SlabAllocator:
         elif slab.slot_bytes != slot_bytes:
             raise ValueError(f"slots of another size lie around offset {offset}")
         slab.claim(offset)
+        self._classes[slot_bytes].idle -= 1
         self._taken_bytes += slot_bytes
 
     def free(self, offset: int) -> None:
@@ -176,11 +179,13 @@ class SlabAllocator:
         slab.give(offset)
         self._taken_bytes -= slab.slot_bytes
         size_class = self._classes[slab.slot_bytes]
+        size_class.idle += 1
         if not slab.taken:
             first = slab.offset // self.region_bytes
             self._regions[first : first + slab.regions] = [None] * slab.regions
             self._free_regions += slab.regions
             size_class.slabs -= 1
+            size_class.idle -= slab.slots
             if not size_class.slabs:
                 del self._classes[slab.slot_bytes]
         elif not slab.listed:
@@ -211,12 +216,13 @@ class SlabAllocator:
         """What does not agree inside the allocator; empty = nothing."""
         findings = []
         taken_bytes = free_regions = 0
-        slabs: dict[int, int] = {}
+        slabs: dict[int, tuple[int, int]] = {}
         for slab, regions in self._units():
             if slab is None:
                 free_regions += regions
                 continue
-            slabs[slab.slot_bytes] = slabs.get(slab.slot_bytes, 0) + 1
+            count, idle = slabs.get(slab.slot_bytes, (0, 0))
+            slabs[slab.slot_bytes] = count + 1, idle + slab.slots - slab.taken
             taken_bytes += slab.taken * slab.slot_bytes
             if not slab.taken or slab.taken != slab.used.count(1):
                 findings.append(f"slab {slab.offset}: {slab.taken} slots taken, {slab.used.count(1)} marked")
@@ -225,13 +231,18 @@ class SlabAllocator:
                 findings.append(f"slab {slab.offset}: its free list does not match its marks")
             if slab.taken < slab.slots and slab.offset not in self._classes[slab.slot_bytes].roomy:
                 findings.append(f"slab {slab.offset}: has room and is not listed")
-        if slabs != {size: size_class.slabs for size, size_class in self._classes.items()}:
-            findings.append(f"slabs by size: {slabs} in the regions, other counts in the classes")
+        if slabs != {size: (size_class.slabs, size_class.idle) for size, size_class in self._classes.items()}:
+            findings.append(f"slabs and free slots by size: {slabs} in the regions, other counts in the classes")
         if free_regions != self._free_regions:
             findings.append(f"{free_regions} free regions, {self._free_regions} counted")
         if taken_bytes != self._taken_bytes:
             findings.append(f"{taken_bytes} bytes taken, {self._taken_bytes} counted")
         return findings
+
+    def _take(self, slab: _Slab) -> int:
+        self._classes[slab.slot_bytes].idle -= 1
+        self._taken_bytes += slab.slot_bytes
+        return slab.take()
 
     def _shape(self, slot_bytes: int) -> tuple[int, int]:
         """Regions and slots of a slab of this slot size."""
@@ -258,6 +269,7 @@ class SlabAllocator:
         self._free_regions -= regions
         size_class = self._classes.setdefault(slot_bytes, _SizeClass())
         size_class.slabs += 1
+        size_class.idle += slots
         slab.listed = True
         heapq.heappush(size_class.roomy, slab.offset)
         return slab

@@ -39,6 +39,10 @@ class EqualSlots:
         """Bytes of those in use."""
         return (self._fresh - len(self._freed)) * CHUNK_BYTES
 
+    def room_bytes(self, slot_bytes: int) -> int:
+        """All that is free."""
+        return self.free_bytes
+
     def slot_bytes(self, chunk_bytes: int) -> int:
         """All are equal."""
         return CHUNK_BYTES

@@ -1,6 +1,6 @@
 """Calls of the local plane: Lookup, Reserve, Commit, Abort, Release and Renew as struct frames over a Unix socket.
 
-A gRPC call costs about half a millisecond in Python whatever it carries, a frame a tenth of that. The channel, a stream
+A gRPC call costs several times as much in Python, whatever it carries (docs/adr/0017). The channel, a stream
 socket, comes with the lifeline (``kvd/wire/lifeline.py``), whose version is the version of these frames too. Who has it
 asks in the name of that lifeline's session, and nothing else has to be shown. Everything means what it means in
 ``kvd.proto``; all numbers are little-endian::
@@ -66,7 +66,7 @@ _STRIPE = struct.Struct("<IIII")
 _SLOT_BYTES = 4 + 8 + 8
 _NO_KEY = bytes(KEY_BYTES)
 
-#: Most stripes in one Commit.
+#: Most stripes of a chunk in one Commit; an engine sends one per rank.
 MAX_STRIPES = 4096
 #: The text of an error is cut to this.
 MAX_TEXT_BYTES = 1024

@@ -42,6 +42,18 @@ def test_every_byte_of_the_pool_can_be_given_out() -> None:
     assert slabs.audit() == []
 
 
+def test_room_for_a_size_is_what_is_in_no_slab_and_its_own_free_slots() -> None:
+    slabs = SlabAllocator(64 * GRANULE)  # regions of 4 granules
+    first, _, _ = slabs.allocate(GRANULE), slabs.allocate(GRANULE), slabs.allocate(2 * GRANULE)
+    assert first is not None
+    assert [slabs.room_bytes(n * GRANULE) // GRANULE for n in (1, 2, 3)] == [56 + 2, 56 + 2, 56]
+    slabs.free(first)
+    assert slabs.room_bytes(GRANULE) == (56 + 3) * GRANULE
+    slabs.claim(first, GRANULE)
+    assert slabs.room_bytes(GRANULE) == (56 + 2) * GRANULE
+    assert slabs.audit() == []
+
+
 def test_empty_slab_gives_its_regions_back_at_once() -> None:
     slabs = SlabAllocator(64 * GRANULE)
     offsets = [slabs.allocate(3 * GRANULE) for _ in range(5)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvd.ledger.coverage import Grid
 from kvd.types import ROOT, CommitStatus, Namespace, ReserveStatus, Stripe
 from kvd.wire.errors import InvalidRequest
 from kvd.wire.frames import ItemStatus, Op
@@ -186,3 +187,19 @@ def test_slot_of_a_lost_chunk_is_kept_while_other_ranks_may_be_copying_into_it(p
 def test_grid_that_is_not_sound_is_refused(pool: Pool, session: int, layers: int, heads: int) -> None:
     with pytest.raises(InvalidRequest):
         pool.namespace(session, "grid", layers=layers, heads=heads)
+
+
+def test_stripes_that_many_keys_share_are_looked_at_once(
+    pool: Pool, session: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of keys with thousands of stripes each fit in one frame: counted each, they would stop the daemon."""
+    striped = pool.namespace(session, "striped", layers=4)
+    reserved = pool.reserve(session, striped, *chain(*range(8)))
+    looked, bits = [], Grid.bits
+    monkeypatch.setattr(Grid, "bits", lambda grid, stripe: looked.append(stripe) or bits(grid, stripe))
+    halves = [tuple(Stripe(layer, layer + 1, 0, 1) for layer in layers) for layers in ((0, 1), (2, 3))]
+    for half, status in zip(halves, (PARTIAL, STORED), strict=True):
+        items = [(key(number), half) for number in range(8)]
+        assert pool.store.commit(session, striped.id, reserved.lease, items) == [status] * 8
+    assert len(looked) == 4
+    assert pool.stored(session, striped, *keys(*range(8))) == 8

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from kvd.ledger.chunk import Chunk
+from kvd.ledger.eviction import LeafLru
+from kvd.ledger.index import Space
 from kvd.types import ROOT, CommitStatus, Namespace, ReserveStatus
 from tests.unit.ledger.harness import GRANULE, Pool, chain, key, keys
 
@@ -224,4 +227,61 @@ def test_what_is_leased_or_pinned_is_not_freed_ahead() -> None:
     assert sum(leased) == 19
     assert pool.store.counters.evicted_chunks == 40
     assert all(pool.stored(session, namespace, key(number)) for number in range(20))
+    pool.audited()
+
+
+# ---------------------------------------------------------------- who is let into a full pool
+
+
+class Hostile(LeafLru[Chunk]):
+    """Lets nobody in for a chunk that takes ``worth`` granules."""
+
+    def __init__(self, *worth: int) -> None:
+        super().__init__()
+        self.worth = worth
+
+    def admits(self, space: Space, key: bytes, parent: Chunk | None, victim: Chunk) -> bool:
+        return victim.space.slot_bytes // GRANULE not in self.worth
+
+
+def full_of_large_chunks(policy: Hostile) -> tuple[Pool, int, Namespace]:
+    """A pool of sixteen chunks of four granules, a session, and a namespace of chunks of one granule."""
+    pool = Pool(64, policy=policy)
+    session = pool.session()
+    large = pool.namespace(session, "large", granules=4)
+    for number in range(16):
+        pool.write(session, large, (key(number), ROOT))
+    return pool, session, pool.namespace(session, "small")
+
+
+def test_a_size_that_comes_late_is_compared_with_what_the_others_have() -> None:
+    pool, session, small = full_of_large_chunks(Hostile(1))  # worth more than who comes: all of its own size
+    for number in range(100, 132, 4):
+        pool.write(session, small, *chain(*range(number, number + 4)))
+    assert pool.store.counters.evicted_chunks <= 9  # one more than they need: a single free slot is not room
+    assert all(pool.stored(session, small, *keys(*range(at, at + 4))) == 4 for at in range(100, 132, 4))
+    pool.audited()
+
+
+def test_who_is_worth_less_than_everything_of_every_size_is_not_let_in() -> None:
+    pool, session, small = full_of_large_chunks(Hostile(1, 4))
+    pool.write(session, small, *chain(*range(100, 104)))  # nothing of its size can go: it needs a place at all
+    assert pool.store.counters.evicted_chunks == 1
+    assert pool.reserve(session, small, *chain(104, 105)).statuses == [NO_ROOM, NO_PARENT]
+    assert pool.store.counters.evicted_chunks == 1
+    pool.audited()
+
+
+def test_free_slots_of_its_own_size_are_room_for_anybody() -> None:
+    pool = Pool(64, policy=Hostile(1))
+    session = pool.session()
+    small = pool.namespace(session)
+    pool.write(session, small, *[(key(number), ROOT) for number in range(48)])
+    reserved = pool.reserve(session, small, *[(key(number), ROOT) for number in range(48, 64)])
+    pool.commit(session, small, reserved.lease, *keys(*range(49, 64, 2)))
+    pool.store.abort(session, small.id, reserved.lease, keys(*range(48, 64, 2)))  # free slots in slabs that stay
+    assert pool.store.stats().pool.free_bytes == 0
+    for number in range(100, 106):
+        pool.write(session, small, (key(number), ROOT))
+    assert pool.store.counters.evicted_chunks == 0
     pool.audited()

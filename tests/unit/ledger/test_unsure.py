@@ -22,9 +22,14 @@ class Lucky(random.Random):
 @pytest.fixture
 def life() -> Life:
     """A daemon with a pool full of chunks that the one before had not written when it died."""
+    return restarted(SLOTS)
+
+
+def restarted(chunks: int) -> Life:
+    """The same with so many chunks, one below the other."""
     life = lucky_life()
-    granted = store(life, [key(number) for number in range(1, SLOTS + 1)])
-    assert granted == [ReserveStatus.GRANTED] * SLOTS
+    granted = store(life, [key(number) for number in range(1, chunks + 1)])
+    assert granted == [ReserveStatus.GRANTED] * chunks
     life.commit()
     life.journal.life += 1
     life.orders.clear()
@@ -64,16 +69,30 @@ def test_nothing_goes_before_the_scan_is_through_and_everything_is_written_then(
     assert store(life, [key(100)]) == [ReserveStatus.GRANTED]
 
 
-def test_a_chunk_stored_below_them_meanwhile_is_written_like_them(life: Life) -> None:
-    life.clock.now += BACKLOG_S + 0.1
-    life.store.tick()
+def test_a_chunk_stored_below_them_meanwhile_is_written_like_them() -> None:
+    life = restarted(3)
     assert store(life, [*(key(number) for number in range(1, 4)), key(200)])[-1] is ReserveStatus.GRANTED
     life.commit()
+    life.settle()
+    assert life.store.stats().disk.records == 0
     life.store.tiers.scanned()
     life.store.tick()
     life.settle()
     assert key(200) in life.store._books.spaces[life.namespace.id].records
     assert life.store.audit() == []
+
+
+def test_while_a_scan_does_not_end_nothing_is_remembered_for_its_end() -> None:
+    life = restarted(3)
+    life.clock.now += BACKLOG_S + 0.1
+    for number in range(200, 300):
+        store(life, [*(key(number) for number in range(1, 4)), key(number)])
+        life.commit()
+        life.store.tick()
+        life.settle()
+        assert life.store.audit() == []
+    assert life.store.stats().counters["evicted_chunks"] > 0
+    assert len(life.store.tiers.spilling._postponed) == 3
 
 
 def test_a_scan_that_takes_too_long_is_not_waited_for(life: Life) -> None:

@@ -90,9 +90,18 @@ class BenchDaemon:
 
         Raises OSError.
         """
-        with urllib.request.urlopen(f"{self._http}/metrics", timeout=HTTP_TIMEOUT_S) as answer:
-            found = re.findall(r'kvd_event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)', answer.read().decode())
+        found = re.findall(r'kvd_event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)', self._metrics())
         return [(float(bound), float(count)) for bound, count in found]
+
+    def promotions(self) -> tuple[float, float]:
+        """Seconds that its reads of records have taken so far, waiting included, and how many they were. OSError."""
+        found = dict(re.findall(r"^kvd_promote_seconds_(sum|count) (\S+)", self._metrics(), re.MULTILINE))
+        return float(found["sum"]), float(found["count"])
+
+    def _metrics(self) -> str:
+        with urllib.request.urlopen(f"{self._http}/metrics", timeout=HTTP_TIMEOUT_S) as answer:
+            text: bytes = answer.read()
+        return text.decode()
 
     def rss_bytes(self) -> int:
         """Resident memory of the daemon beside its pool: private pages, and files."""

@@ -38,6 +38,7 @@ class BareDisk:
         self._blocks = [mmap.mmap(-1, block_bytes) for _ in range(threads)]
         for block in self._blocks:
             block.write(os.urandom(block_bytes))
+        self._unread: list[tuple[int, int]] = []
         self._write_all()
 
     def write(self) -> float:
@@ -51,9 +52,13 @@ class BareDisk:
         return self._with_fio("read") if self._fio else self._bandwidth(lambda: self._each(self._read))
 
     def read_block(self) -> float:
-        """Microseconds that one read of one block takes, anywhere in a file."""
-        place = random.randrange(self._file_bytes // self._block_bytes) * self._block_bytes
-        with self._opened(random.randrange(self._threads), os.O_RDONLY) as fd:
+        """Microseconds that one read of one block takes: each block in turn, in an order that no cache foresees."""
+        if not self._unread:
+            blocks = range(self._file_bytes // self._block_bytes)
+            self._unread = [(number, at * self._block_bytes) for number in range(self._threads) for at in blocks]
+            random.shuffle(self._unread)
+        number, place = self._unread.pop()
+        with self._opened(number, os.O_RDONLY) as fd:
             return timed(lambda: _whole(os.preadv(fd, [self._blocks[0]], place), self._block_bytes)) * 1e6
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import struct
 import tempfile
 import time
@@ -16,7 +15,7 @@ from kvd.wire.identity import Identity
 from kvd.wire.pb import kvd_pb2 as pb
 from kvd_client.bench.daemon import BenchDaemon
 from kvd_client.bench.disks import PAGE_BYTES, BareDisk
-from kvd_client.bench.figures import GIB, Figure, figure, interleave, timed
+from kvd_client.bench.figures import GIB, Figure, beside, figure, interleave, single, timed
 from kvd_client.bench.parts import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, chain
 from kvd_client.client import Client, StoreOutcome
 
@@ -32,8 +31,8 @@ SET_CHUNKS = 384
 READERS, WRITERS = 8, 4
 #: Rounds that are not counted.
 WARMUP = 1
-#: Single chunks that are promoted, and single blocks that are read, in one round.
-SINGLES = 5
+#: Single chunks that are promoted, and single blocks that are read, in turn, in one round.
+SINGLES = 20
 #: Small records, for the rate at which a start finds them, and starts that are counted at most.
 SMALL_CHUNK_BYTES = 4096
 SMALL_CHUNKS = 1 << 16
@@ -126,7 +125,7 @@ class Tier:
         keys = chain(count)
         for first in range(0, count, len(self._data)):
             self._store([(key, ROOT) for key in keys[first : first + len(self._data)]])
-        self.wait_records()
+            self.wait_records()
         return keys
 
     def read(self, keys: list[bytes]) -> float:
@@ -134,14 +133,20 @@ class Tier:
         return len(keys) * self._chunk_bytes / timed(lambda: self.wait_held(keys, len(keys))) / GIB
 
     def promote(self, key: bytes) -> float:
-        """Microseconds until a chunk from the disk can be read."""
-        return timed(lambda: self.wait_held([key], 1, pause_s=0.0)) * 1e6
+        """Microseconds until a client that waits for a chunk from the disk can read it."""
 
-    def wait_held(self, keys: list[bytes], count: int, *, pause_s: float = LOOK_S) -> None:
+        def work() -> None:
+            with self._client.lookup(self._namespace, [key], wait_s=PATIENCE_S) as lease:
+                if not len(lease):
+                    raise RuntimeError("a chunk that lay on the disk was not found")
+
+        return timed(work) * 1e6
+
+    def wait_held(self, keys: list[bytes], count: int) -> None:
         """Asks for ``keys`` until the first ``count`` of them can be had; it may be that nobody answers at first."""
         began = time.perf_counter()
         while self._held(keys) < count:
-            _pause(began, pause_s)
+            _pause(began)
 
     def wait_records(self) -> None:
         """Waits until all that was stored has a record, and nothing more is to be written."""
@@ -204,22 +209,50 @@ def _bandwidths(rounds: int, home: str) -> list[Figure]:
         samples = interleave(writes, rounds, WARMUP)
         tier.write()  # for the check
         singles, sets = tier.write_singles(total * SINGLES), list(tier.stored)
-        daemon.restart(crash=False)  # its pool is anonymous memory: what it knows now is on the disk
-        client.connect(CONNECT_TIMEOUT_S)
-        tier.wait_records()
-        reads: dict[str, Part] = {
-            "promote": lambda: tier.read(sets.pop()),
-            bare_read: to_read.read,
-            "promote of one chunk": lambda: statistics.median(tier.promote(singles.pop()) for _ in range(SINGLES)),
-            "one pread": lambda: statistics.median(to_read.read_block() for _ in range(SINGLES)),
-        }
-        samples |= interleave(reads, rounds, WARMUP)
+        with closing(BareDisk(home, RECORD_BYTES, 1, total * SINGLES * RECORD_BYTES)) as blocks:
+            daemon.restart(crash=False)  # its pool is anonymous memory: what it knows now is on the disk
+            client.connect(CONNECT_TIMEOUT_S)
+            tier.wait_records()
+            one_by_one = _Singles(daemon, tier, singles, blocks)
+            reads: dict[str, Part] = {
+                "promote": lambda: tier.read(sets.pop()),
+                bare_read: to_read.read,
+                "one by one": one_by_one.round,
+            }
+            samples |= interleave(reads, rounds, WARMUP)
         tier.check(sets.pop())
     return [
         figure("spill", "GiB/s", samples, bare_write),
         figure("promote", "GiB/s", samples, bare_read),
-        figure("promote of one chunk", "us", samples, "one pread"),
+        *one_by_one.figures(),
     ]
+
+
+class _Singles:
+    """Single chunks promoted, each followed by a read of one block of the same size without kvd. Blocks and records are
+    read once each. What the daemon takes for a chunk is the time from its order to the verified chunk."""
+
+    def __init__(self, daemon: BenchDaemon, tier: Tier, keys: list[bytes], blocks: BareDisk) -> None:
+        self._daemon, self._tier, self._keys, self._blocks = daemon, tier, keys, blocks
+        self._rounds: list[tuple[float, float, float]] = []  # mean microseconds: daemon, client, bare
+
+    def round(self) -> float:
+        """Microseconds of the daemon for one chunk, the mean of ``SINGLES``."""
+        (seconds, count), client_us, bare_us = self._daemon.promotions(), 0.0, 0.0
+        for _ in range(SINGLES):
+            client_us += self._tier.promote(self._keys.pop())
+            bare_us += self._blocks.read_block()
+        seconds, count = (now - then for now, then in zip(self._daemon.promotions(), (seconds, count), strict=True))
+        self._rounds.append((seconds / count * 1e6, client_us / SINGLES, bare_us / SINGLES))
+        return self._rounds[-1][0]
+
+    def figures(self) -> list[Figure]:
+        """Of the rounds that count."""
+        daemon_us, client_us, bare_us = (list(column) for column in zip(*self._rounds[WARMUP:], strict=True))
+        return [
+            beside(single(name, "us", samples), "one pread", bare_us)
+            for name, samples in (("promote of one chunk", daemon_us), ("promote of one chunk, client", client_us))
+        ]
 
 
 def _scans(rounds: int, home: str) -> list[Figure]:
@@ -243,7 +276,7 @@ def _scans(rounds: int, home: str) -> list[Figure]:
         return [figure(name, "1/s", interleave({name: start}, rounds, WARMUP))]
 
 
-def _pause(began: float, pause_s: float = LOOK_S) -> None:
+def _pause(began: float) -> None:
     if time.perf_counter() - began > PATIENCE_S:
         raise RuntimeError(f"something that should have come has not come for {PATIENCE_S:.0f} s")
-    time.sleep(pause_s)
+    time.sleep(LOOK_S)

@@ -41,9 +41,13 @@ def test_a_bare_disk_is_measured_with_fio_or_without(
 @pytest.mark.slow
 def test_the_disk_tier_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "SET_CHUNKS", 8)
+    monkeypatch.setattr(tiers, "SINGLES", 3)
     monkeypatch.setattr(tiers, "SMALL_CHUNKS", 2048)
     figures = tiers.bench_spill(2, str(tmp_path))
-    assert_good(figures, ["spill", "promote", "promote of one chunk", "records found by a start"])
+    assert_good(
+        figures,
+        ["spill", "promote", "promote of one chunk", "promote of one chunk, client", "records found by a start"],
+    )
     assert list(tmp_path.iterdir()) == []
 
 

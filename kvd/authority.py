@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -37,9 +37,9 @@ class LoopAuthority:
         """Pins the slots of the items that come back OK. Raises SessionUnknown, LimitReached."""
         return self._ask(lambda: self._begin_io(session, op, lease_id, items))
 
-    def end_io(self, ticket: IoTicket, failed: Collection[int]) -> None:
+    def end_io(self, ticket: IoTicket, failed: Collection[int], checksums: Mapping[int, int]) -> None:
         """Unpins. Returns once the books know, or after the deadline; they hear of it in any case."""
-        self._ask(lambda: self._end_io(ticket, failed), must_run=True)
+        self._ask(lambda: self._end_io(ticket, failed, checksums), must_run=True)
 
     # -- on the loop
 
@@ -56,8 +56,8 @@ class LoopAuthority:
         self._sessions.io_begun(session)
         return answer
 
-    def _end_io(self, ticket: IoTicket, failed: Collection[int]) -> None:
-        self._store.end_io(ticket, failed)
+    def _end_io(self, ticket: IoTicket, failed: Collection[int], checksums: Mapping[int, int]) -> None:
+        self._store.end_io(ticket, failed, checksums)
         self._sessions.io_ended(ticket.session)
 
     # -- the hop

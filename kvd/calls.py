@@ -1,5 +1,7 @@
 """The daemon's end of the call channels: frames in, the desk asked, frames out. Protocol: ``kvd/wire/calls.py``.
 
+A channel comes with a lifeline, or is a TCP connection that the data plane has let in for a session.
+
 Everything happens on the event loop and nothing blocks. A channel holds one request that has not arrived whole and what
 came with it, and one answer that has not gone: while its client does not take that, nothing more is read from it.
 """
@@ -12,7 +14,8 @@ import socket
 from collections.abc import Callable
 
 from kvd.desk import Desk
-from kvd.session import Session
+from kvd.session import Session, Sessions
+from kvd.types import SessionId
 from kvd.wire import calls as wire
 from kvd.wire.errors import KvdError
 
@@ -28,11 +31,14 @@ _METHODS = {op: op.name.title() for op in wire.Op}
 
 
 class CallServer:
-    """Makes call channels."""
+    """Makes call channels. Lives on the event loop."""
 
-    def __init__(self, desk: Desk, max_chunks_per_request: int) -> None:
+    def __init__(self, desk: Desk, sessions: Sessions, max_chunks_per_request: int) -> None:
         self.desk = desk
         self.max_request_bytes = wire.max_request_bytes(max_chunks_per_request)
+        self._sessions = sessions
+        self._loop = asyncio.get_running_loop()
+        self._adopted: dict[SessionId, CallChannel] = {}  # those over TCP
 
     def open(self, whose: Callable[[], Session | None]) -> tuple[CallChannel, socket.socket]:
         """A channel and the client's end of it. ``whose``: the session that asks, None before there is one.
@@ -40,8 +46,29 @@ class CallServer:
         Raises OSError.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.setblocking(False)
         return CallChannel(self, ours, whose), theirs
+
+    def adopt(self, session: SessionId, connection: socket.socket) -> None:
+        """Takes over a connection that was made for the calls of ``session``; from any thread. It is closed with the
+        session, and when the session makes another."""
+        try:
+            self._loop.call_soon_threadsafe(self._adopt, session, connection)
+        except RuntimeError:  # the loop is closed: the daemon has ended around this thread
+            connection.close()
+
+    def close_session(self, session: SessionId) -> None:
+        """The session has ended."""
+        channel = self._adopted.pop(session, None)
+        if channel is not None:
+            channel.close()
+
+    def _adopt(self, number: SessionId, connection: socket.socket) -> None:
+        session = self._sessions.by_id(number)
+        if session is None or session.ended:
+            connection.close()
+            return
+        self.close_session(number)
+        self._adopted[number] = CallChannel(self, connection, lambda: session)
 
 
 class CallChannel:
@@ -49,6 +76,7 @@ class CallChannel:
     life: a breach is answered by closing this channel, and nothing else."""
 
     def __init__(self, server: CallServer, connection: socket.socket, whose: Callable[[], Session | None]) -> None:
+        connection.setblocking(False)
         self._desk = server.desk
         self._max_request_bytes = server.max_request_bytes
         self._socket = connection

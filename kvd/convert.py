@@ -8,6 +8,7 @@ from typing import cast
 
 from kvd.ledger.pins import PinFigures
 from kvd.ledger.terms import DiskFigures, NamespaceFigures, PoolFigures, TenantFigures
+from kvd.memory.slabs import NodeFigures
 from kvd.types import DriveFigures, Location, LookupResult, Recovery, ReserveResult, Stripe
 from kvd.wire.errors import InvalidRequest
 from kvd.wire.identity import MAX_EXTRA, MAX_FIELD_CHARS, Identity
@@ -94,8 +95,10 @@ def _columns(locations: Sequence[Location]) -> tuple[Sequence[int], Sequence[int
 # ---------------------------------------------------------------- figures
 
 
-def pool_stats(pool: PoolFigures, backing: str, populated_bytes: int, recovery: Recovery) -> pb.PoolStats:
-    """The pool, and what the start found in it."""
+def pool_stats(
+    pool: PoolFigures, backing: str, populated_bytes: int, recovery: Recovery, nodes: Sequence[NodeFigures] = ()
+) -> pb.PoolStats:
+    """The pool, what the start found in it, and what of it lies on which of several memory nodes."""
     return pb.PoolStats(
         bytes=pool.bytes,
         free_bytes=pool.free_bytes,
@@ -113,6 +116,7 @@ def pool_stats(pool: PoolFigures, backing: str, populated_bytes: int, recovery: 
             skipped=recovery.skipped,
             seconds=recovery.seconds,
         ),
+        nodes=[pb.NodeStats(node=found.node, bytes=found.bytes, used_bytes=found.used_bytes) for found in nodes],
     )
 
 

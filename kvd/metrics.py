@@ -29,15 +29,18 @@ _FAST_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 class Figures:
     """A snapshot of everything that is read rather than counted. Sizes in bytes.
 
-    ``counters`` are the store's totals by name; ``pool_states`` and ``tenant_bytes`` are bytes by label. Shares are
-    named ``tenant:NAME`` or ``namespace:ID``; ``share_limits`` has the bound (soft or hard) beside the name.
-    ``trace`` are requests by what the recorder did with them, empty without one.
+    ``counters`` are the store's totals by name; ``pool_states`` and ``tenant_bytes`` are bytes by label, and so are
+    ``node_bytes`` and ``node_used``, empty where the pool lies on one memory node. Shares are named ``tenant:NAME`` or
+    ``namespace:ID``; ``share_limits`` has the bound (soft or hard) beside the name. ``trace`` are requests
+    by what the recorder did with them, empty without one.
     """
 
     pool_bytes: int
     populated_bytes: int
     locked: bool
     pool_states: Mapping[str, int]
+    node_bytes: Mapping[str, int]
+    node_used: Mapping[str, int]
     tenant_bytes: Mapping[str, int]
     tenant_chunks: Mapping[str, int]
     namespaces: int
@@ -218,6 +221,8 @@ class _Books(Collector):
         yield _gauge("kvd_pool_populated_bytes", "Pool memory taken from the system so far", now.populated_bytes)
         yield _gauge("kvd_pool_locked", "1 if the pool cannot be swapped out", now.locked)
         yield _gauges("kvd_pool_bytes", "Pool memory by use; adds up to its size", "state", now.pool_states)
+        yield _gauges("kvd_pool_node_bytes", "Pool memory on a memory node, of several", "node", now.node_bytes)
+        yield _gauges("kvd_pool_node_used_bytes", "Slots in use on a memory node", "node", now.node_used)
         yield _gauges("kvd_tenant_bytes", "Pool memory held by a tenant", "tenant", now.tenant_bytes)
         yield _gauges("kvd_tenant_chunks", "Stored chunks of a tenant", "tenant", now.tenant_chunks)
         yield _gauge("kvd_namespaces", "Namespaces that are known", now.namespaces)

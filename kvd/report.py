@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from kvd import convert
 from kvd.ledger.terms import NamespaceFigures, TenantFigures
 from kvd.memory.segment import Segment
+from kvd.memory.slabs import NodeFigures
 from kvd.metrics import Figures
 from kvd.session import Sessions
 from kvd.store import ChunkStore
@@ -29,19 +30,22 @@ class Report:
         endpoints: Sequence[str],
         *,
         recovery: Recovery,
+        nodes: Callable[[], Sequence[NodeFigures]] = tuple,
         drives: Callable[[], Sequence[DriveFigures]] | None = None,
         daily_bytes: int = 0,
         written_today_bytes: Callable[[], int] = int,
         trace: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
-        """``drives``: None = there is no disk tier; ``daily_bytes``: what may be written to it in a day, 0 = no limit;
-        ``trace``: what the recorder did with requests."""
+        """``nodes``: what lies on which of several memory nodes; ``drives``: None = there is no disk tier;
+        ``daily_bytes``: what may be written to it in a day, 0 = no limit; ``trace``: what the recorder did with
+        requests."""
         self._store = store
         self._sessions = sessions
         self._segment = segment
         self._daemon_id = daemon_id
         self._endpoints = endpoints
         self._recovery = recovery
+        self._nodes = nodes
         self._drives = drives
         self._daily_bytes = daily_bytes
         self._written_today_bytes = written_today_bytes
@@ -57,7 +61,7 @@ class Report:
             uptime_s=time.monotonic() - self._started_at,
             state="draining" if self._sessions.draining else "serving",
             pool=convert.pool_stats(
-                books.pool, self._segment.describe(), self._segment.populated_bytes, self._recovery
+                books.pool, self._segment.describe(), self._segment.populated_bytes, self._recovery, self._nodes()
             ),
             tenants=[convert.tenant_stats(tenant) for tenant in books.tenants],
             namespaces=[convert.namespace_stats(namespace) for namespace in books.namespaces],
@@ -71,6 +75,7 @@ class Report:
                     read_leases=books.sessions[s.id].read_leases if s.id in books.sessions else 0,
                     write_leases=books.sessions[s.id].write_leases if s.id in books.sessions else 0,
                     members=len(s.lifelines),
+                    numa_node=s.numa_node,
                 )
                 for s in self._sessions.all()
             ],
@@ -85,6 +90,7 @@ class Report:
         """The numbers of /metrics that are read rather than counted."""
         books = self._store.stats()
         pool = books.pool
+        nodes = self._nodes()
         sharers = _sharers(books.tenants, books.namespaces)
         return Figures(
             pool_bytes=pool.bytes,
@@ -97,6 +103,8 @@ class Report:
                 "quarantined": pool.quarantined_bytes,
                 "idle_slots": pool.idle_slot_bytes,
             },
+            node_bytes={str(found.node): found.bytes for found in nodes},
+            node_used={str(found.node): found.used_bytes for found in nodes},
             tenant_bytes={t.tenant: t.bytes for t in books.tenants},
             tenant_chunks={t.tenant: t.chunks for t in books.tenants},
             namespaces=len(books.namespaces),

@@ -33,10 +33,12 @@ from kvd.service import SERVICES, ControlService, Facts
 from kvd.session import Sessions
 from kvd.storage import Storage
 from kvd.transport.tcp import DataPlane
+from kvd.types import SessionId
 from kvd.upkeep import Upkeep
 from kvd.values import POOL_AUTO, HostPort, Populate, human_size
 from kvd.wire.lifeline import socket_path
 from kvd.wire.version import VERSION
+from kvd.workers import ready_executor
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ def serve(loaded: Loaded) -> int:
     if note:
         log.log(logging.WARNING if loaded.settings.pool_dir == POOL_AUTO else logging.INFO, "%s", note)
     with _locks(loaded, pool_directory), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.get_loop().set_default_executor(ready_executor())
         runner.run(Daemon(loaded, pool_directory).run())
     return 0
 
@@ -99,7 +102,7 @@ class Daemon:
         self._store = store = storage.store
         stack.push_async_callback(self._put_away, storage)
         stack.callback(segment.stop_populating)
-        self._sessions = sessions = Sessions(store, on_end=lambda session: data.close_session(session))
+        self._sessions = sessions = Sessions(store, on_end=lambda session: end_connections(session))
         access = Access(settings.group, allow_remote=settings.allow_remote)
         metrics = Metrics()
 
@@ -110,18 +113,23 @@ class Daemon:
         await http.start(listener)
         stack.push_async_callback(http.close)
 
-        authority = LoopAuthority(loop, sessions, store)
-        data = DataPlane(*settings.data, [segment.data], authority, observer=metrics.moved)
-        with self._naming("data"):
-            data.start()
-        # Its threads ask the loop: it is closed from a thread.
-        stack.push_async_callback(asyncio.to_thread, data.close)
-
         recorder = self._make_recorder()
         if recorder is not None:
             recorder.start()
             stack.push_async_callback(asyncio.to_thread, recorder.close)
         desk = Desk(store, sessions, metrics, recorder)
+        calls = CallServer(desk, sessions, limits.max_chunks_per_request)
+
+        authority = LoopAuthority(loop, sessions, store)
+        data = DataPlane(*settings.data, [segment.data], authority, observer=metrics.moved, calls=calls.adopt)
+        with self._naming("data"):
+            data.start()
+        # Its threads ask the loop: it is closed from a thread.
+        stack.push_async_callback(asyncio.to_thread, data.close)
+
+        def end_connections(session: SessionId) -> None:
+            data.close_session(session)
+            calls.close_session(session)
 
         self._control = control = ControlServer()
         lifelines = LifelineServer(
@@ -130,7 +138,7 @@ class Daemon:
             access=access,
             segments=[segment],
             daemon_id=daemon_id,
-            calls=CallServer(desk, limits.max_chunks_per_request),
+            calls=calls,
             holders=storage.pool.holders,
             presence=storage.presence,
         )
@@ -155,6 +163,7 @@ class Daemon:
             daemon_id,
             addresses,
             recovery=storage.recovery,
+            nodes=storage.nodes,
             drives=storage.drives if storage.has_disks else None,
             daily_bytes=settings.spill_write_daily_bytes,
             written_today_bytes=storage.written_today_bytes,

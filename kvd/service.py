@@ -228,7 +228,10 @@ class ControlService:
             lifeline = self._sessions.claim(hello.ticket)
             try:
                 who = self._access.identify_local(lifeline.credentials)
-                return self._sessions.open(client=client, tenant=who.tenant, peer=who.peer, lifeline=lifeline)
+                near = hello.numa_node if hello.HasField("numa_node") else None
+                return self._sessions.open(
+                    client=client, tenant=who.tenant, peer=who.peer, lifeline=lifeline, numa_node=near
+                )
             except errors.KvdError:
                 lifeline.close()
                 raise

@@ -47,7 +47,8 @@ class Lifeline:
 
 @dataclass(eq=False)
 class Session:
-    """One connected engine. ``path``: ``shm`` or ``tcp``. ``peer``: who it is, for people."""
+    """One connected engine. ``path``: ``shm`` or ``tcp``. ``peer``: who it is, for people. ``numa_node``: the memory
+    node of this machine that it is near, if it has said."""
 
     id: SessionId
     token: bytes
@@ -57,6 +58,7 @@ class Session:
     path: str
     opened_at: float
     heard_at: float
+    numa_node: int | None = None
     #: Notes on their way to the client; None ends the stream.
     notes: asyncio.Queue[kvd_pb2.ServerNote | None] = field(default_factory=lambda: asyncio.Queue(_MAX_NOTES))
     lifelines: set[Lifeline] = field(default_factory=set)
@@ -97,8 +99,11 @@ class Sessions:
 
     # -- sessions
 
-    def open(self, *, client: str, tenant: str, peer: str, lifeline: Lifeline | None = None) -> Session:
-        """Opens a session; ``lifeline`` is the one whose ticket was claimed. Raises Draining, LimitReached."""
+    def open(
+        self, *, client: str, tenant: str, peer: str, lifeline: Lifeline | None = None, numa_node: int | None = None
+    ) -> Session:
+        """Opens a session; ``lifeline`` is the one whose ticket was claimed. Only with one is ``numa_node`` a node of
+        this machine. Raises Draining, LimitReached."""
         if self.draining:
             raise Draining("the daemon is stopping")
         if len(self._by_id) >= MAX_SESSIONS:
@@ -107,8 +112,9 @@ class Sessions:
         now = self._clock()
         path = "tcp" if lifeline is None else "shm"
         token = secrets.token_bytes(TOKEN_BYTES)
-        session = Session(self._last_id, token, tenant, peer, client, path, opened_at=now, heard_at=now)
-        self._store.open_session(session.id, tenant)
+        near = None if lifeline is None else numa_node
+        session = Session(self._last_id, token, tenant, peer, client, path, opened_at=now, heard_at=now, numa_node=near)
+        self._store.open_session(session.id, tenant, near)
         self._by_id[session.id] = session
         self._by_token[session.token] = session
         if lifeline is not None:
@@ -131,6 +137,10 @@ class Sessions:
     def by_token(self, token: bytes) -> Session | None:
         """The open session with this token."""
         return self._by_token.get(token)
+
+    def by_id(self, number: SessionId) -> Session | None:
+        """The session with this number, open or ended, as long as its writers may live."""
+        return self._by_id.get(number)
 
     def heard(self, session: Session) -> None:
         """A heartbeat has come."""

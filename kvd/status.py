@@ -68,10 +68,12 @@ def as_text(stats: pb.StatsResponse) -> str:
             for n in stats.namespaces
         ],
     )
+    near = ("node",) if stats.pool.nodes else ()
     lines += _table(
-        ("session", "peer", "tenant", "path", "age", "reading", "writing", "processes"),
+        ("session", "peer", "tenant", "path", "age", "reading", "writing", "processes", *near),
         [
             (s.client or "-", s.peer, s.tenant, s.path, _duration(s.age_s), s.read_leases, s.write_leases, s.members)
+            + tuple(s.numa_node if s.HasField("numa_node") else "-" for _ in near)
             for s in stats.sessions
         ],
     )
@@ -112,6 +114,9 @@ def _pool(pool: pb.PoolStats) -> list[str]:
         f"{human_size(pool.quarantined_bytes)} in quarantine, {human_size(pool.idle_slot_bytes)} in idle slots, "
         f"{human_size(pool.free_bytes)} free",
     ]
+    if pool.nodes:
+        nodes = (f"node {n.node}: {human_size(n.used_bytes)} of {human_size(n.bytes)} in use" for n in pool.nodes)
+        lines.append(f"         {', '.join(nodes)}")
     if pool.unverified_chunks:
         lines.append(f"         {pool.unverified_chunks} chunks taken over are still to be checked")
     return lines

@@ -22,6 +22,7 @@ from kvd.ledger.eviction import EvictionPolicy
 from kvd.ledger.records import Record
 from kvd.ledger.shares import SharedPolicy
 from kvd.ledger.spilling import Habits
+from kvd.memory.numa import find_nodes
 from kvd.memory.pool import open_pool
 from kvd.memory.presence import PresenceTable
 from kvd.memory.slabs import SlabAllocator
@@ -65,7 +66,11 @@ class Storage:
         self._directory = directory
         try:
             self.pool = open_pool(
-                settings.pool_bytes, daemon_id=daemon_id, directory=directory, huge_pages=settings.huge_pages
+                settings.pool_bytes,
+                daemon_id=daemon_id,
+                directory=directory,
+                huge_pages=settings.huge_pages,
+                nodes=find_nodes(),
             )
             # A trace has every request in it: while one is recorded, clients ask.
             self.presence = PresenceTable(
@@ -82,8 +87,11 @@ class Storage:
         self._encoder = _encoder(loaded)
         disks = self._make_disks() if settings.spill_dirs else None
         former = self.pool.former
+        slabs = SlabAllocator(self.pool.segment.size, self.pool.parts)
+        #: What of the pool lies on which memory node; nothing when there is one.
+        self.nodes = slabs.nodes
         self.store = ChunkStore(
-            SlabAllocator(self.pool.segment.size),
+            slabs,
             self.pool.segment,
             self.limits,
             policy=_pool_policy(settings),

@@ -6,7 +6,7 @@ Owned by the event loop: synchronous, no I/O, no locks. The books themselves are
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from kvd.ledger.audit import audit
 from kvd.ledger.books import Books, Slots
@@ -124,9 +124,9 @@ class ChunkStore:
 
     # ------------------------------------------------------------ sessions and namespaces
 
-    def open_session(self, session: SessionId, tenant: str) -> None:
-        """A client of ``tenant`` has come. ``InvalidRequest`` when the number is taken."""
-        self._sessions.open(session, tenant)
+    def open_session(self, session: SessionId, tenant: str, node: int | None = None) -> None:
+        """A client of ``tenant`` has come, near memory ``node``. ``InvalidRequest`` when the number is taken."""
+        self._sessions.open(session, tenant, node)
 
     def close_session(self, session: SessionId) -> None:
         """The session's stream has ended: so do its read leases. What it writes stays until ``writers_gone``."""
@@ -191,7 +191,7 @@ class ChunkStore:
                 for chunk in leased:
                     tiers.promoting.leased(chunk)
         rest, last = keys[len(found) :], found[-1] if found else None
-        coming = tiers.follow(space, rest, last)
+        coming = tiers.follow(space, rest, last, book.node)
         writing = 0 if coming else space.being_written(rest, last)
         if not again:
             counters.lookups += 1
@@ -294,10 +294,10 @@ class ChunkStore:
         self._advance()
         return self._transfers.begin(book, op, lease_id, items)
 
-    def end_io(self, ticket: IoTicket, failed: Collection[int] = ()) -> None:
-        """The transfer is over, before the client is told so. ``failed``: indices whose bytes did not arrive intact."""
-        now = self._advance()
-        self._transfers.end(ticket, failed, now + self._limits.quarantine_s)
+    def end_io(self, ticket: IoTicket, failed: Collection[int] = (), checksums: Mapping[int, int] = {}) -> None:
+        """The transfer is over, before the client is told so. ``failed``: indices whose bytes did not arrive intact;
+        ``checksums``: by index, XXH3-64 of those that were moved, where somebody has computed it."""
+        self._transfers.end(ticket, failed, checksums, self._advance() + self._limits.quarantine_s)
 
     # ------------------------------------------------------------ pins and times of use
 

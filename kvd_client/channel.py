@@ -1,4 +1,5 @@
-"""Calls as frames on the call channel of a lifeline. Protocol: ``kvd/wire/calls.py``.
+"""Calls as frames on a session's call channel: a socket that came with its lifeline, or a TCP connection of its own.
+Protocol: ``kvd/wire/calls.py``.
 
 One call at a time: who comes second waits for the first, no longer than their own deadline. A call that has stopped
 waiting leaves the channel in order: the rest of its request goes first when the next one is sent, and its answer is
@@ -170,20 +171,24 @@ class CallChannel:
 
 
 class FrameCalls:
-    """``Calls`` (``calls.py``) as frames."""
+    """What a session asks while an engine works. Thread-safe. ``deadline`` is a ``time.monotonic()`` value.
+
+    Every call raises Unavailable (nobody answers), DeadlineExceeded (what the daemon did is not known),
+    ProtocolMismatch (the answer makes no sense), and what the daemon answers.
+    """
 
     def __init__(self, channel: CallChannel) -> None:
         self._channel = channel
 
     @property
     def alive(self) -> bool:
-        """See ``Calls``."""
+        """False: no call will ever be answered this way again, and the session is of no use."""
         return self._channel.alive
 
     def lookup(
         self, namespace_id: bytes, lease_id: int, keys: Sequence[bytes], skip: int, again: bool, deadline: float
     ) -> Found:
-        """See ``Calls``."""
+        """One Lookup."""
         _check(keys)
         request = wire.Lookup(namespace_id, lease_id, keys, skip, again)
         return Found(*self._channel.ask(request, wire.unpack_found, deadline))
@@ -191,7 +196,7 @@ class FrameCalls:
     def reserve(
         self, namespace_id: bytes, lease_id: int, items: Sequence[tuple[bytes, bytes]], deadline: float
     ) -> list[ReserveResult]:
-        """See ``Calls``."""
+        """One Reserve; ``items`` are (key, parent or ROOT)."""
         _check([key for key, _ in items])
         _check([parent for _, parent in items if parent != ROOT])
         request = wire.Reserve(namespace_id, lease_id, items)
@@ -202,7 +207,7 @@ class FrameCalls:
     def commit(
         self, namespace_id: bytes, lease_id: int, keys: Sequence[bytes], stripes: Sequence[Stripe], deadline: float
     ) -> list[CommitStatus]:
-        """See ``Calls``."""
+        """One Commit of ``stripes`` of every key; none = whole chunks."""
         _check(keys)
         request = wire.Commit(namespace_id, lease_id, keys, stripes)
         statuses = self._channel.ask(request, wire.unpack_bytes, deadline)
@@ -210,22 +215,22 @@ class FrameCalls:
         return committed(statuses)
 
     def abort(self, namespace_id: bytes, lease_id: int, keys: Sequence[bytes], deadline: float) -> None:
-        """See ``Calls``."""
+        """One Abort."""
         _check(keys)
         self._channel.ask(wire.Abort(namespace_id, lease_id, keys), wire.unpack_count, deadline)
 
     def release(self, lease_ids: Sequence[int], deadline: float) -> None:
-        """See ``Calls``."""
+        """One Release."""
         self._channel.ask(wire.Release(lease_ids), wire.unpack_count, deadline)
 
     def renew(self, lease_ids: Sequence[int], deadline: float) -> list[bool]:
-        """See ``Calls``."""
+        """One Renew; whether each lease is alive."""
         alive = self._channel.ask(wire.Renew(lease_ids), wire.unpack_bytes, deadline)
         same_count(alive, lease_ids)
         return [bool(each) for each in alive]
 
     def close(self) -> None:
-        """See ``Calls``."""
+        """Calls under way fail, and later ones too."""
         self._channel.close()
 
 

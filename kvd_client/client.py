@@ -10,53 +10,30 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
-from enum import Enum
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from kvd.wire.chunks import CommitStatus, ReserveStatus
 from kvd.wire.endpoints import Endpoint, TcpEndpoint, UnixEndpoint, find_socket, parse_endpoint
 from kvd.wire.errors import Draining, InvalidRequest, LimitReached, SessionUnknown, Unavailable
 from kvd.wire.identity import Identity
 from kvd.wire.pb import kvd_pb2 as pb
 from kvd.wire.spans import whole
+from kvd_client import rounds
 from kvd_client.keeper import SessionKeeper
 from kvd_client.leases import ReadLease, WriteLease
 from kvd_client.messages import Found, NamespaceHandle, SessionInfo
 from kvd_client.path import Attachment, DataPath, Piece
 from kvd_client.patience import Patience
+from kvd_client.rounds import ROUND_BYTES, StoreOutcome
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-#: ``store`` reserves, writes and commits this much at a time: early chunks are visible early, and a long store does not
-#: need all its room at once.
-STORE_ROUND_BYTES = 256 << 20
+__all__ = ["Client", "StoreOutcome"]
 
 #: What makes a load a shorter prefix and a store a FAILED: the daemon cannot serve now. Everything else is a mistake.
 _NOT_NOW = (Unavailable, SessionUnknown, Draining, LimitReached)
-
-
-class StoreOutcome(Enum):
-    """What became of one chunk of a ``store``."""
-
-    STORED = "stored"  # a lookup finds it
-    WAITING = "waiting"  # complete; visible as soon as its parent, which somebody else is writing
-    PRESENT = "present"  # was stored already
-    BUSY = "busy"  # somebody else is writing it
-    NO_ROOM = "no room"
-    NO_PARENT = "no parent"
-    FAILED = "failed"  # did not arrive, or the daemon is not there
-
-
-_REFUSED = {
-    ReserveStatus.PRESENT: StoreOutcome.PRESENT,
-    ReserveStatus.BUSY: StoreOutcome.BUSY,
-    ReserveStatus.NO_ROOM: StoreOutcome.NO_ROOM,
-    ReserveStatus.NO_PARENT: StoreOutcome.NO_PARENT,
-}
-_COMMITTED = {CommitStatus.STORED: StoreOutcome.STORED, CommitStatus.WAITING_PARENT: StoreOutcome.WAITING}
 
 
 class Client:
@@ -68,7 +45,9 @@ class Client:
     ``endpoint``: ``unix:PATH`` or ``tcp://HOST:PORT``; None looks for the socket of this node (``find_socket``).
     ``name``: shown on status pages. ``timeout_s``: deadline of calls that are given none.
     ``transport``: "auto" is shared memory over a Unix socket, else TCP; "tcp" over a Unix socket uses the data plane on
-    127.0.0.1. ``data_connections``: most TCP data connections of one path. ValueError for what cannot be.
+    127.0.0.1. ``data_connections``: most TCP data connections of one path. ``numa_node``: the memory node of this
+    machine near which the daemon gives slots if it can; None = that of the CPUs that this process may run on, when a
+    session is opened, if they have one. ValueError for what cannot be.
     """
 
     def __init__(
@@ -79,6 +58,7 @@ class Client:
         timeout_s: float = 2.0,
         transport: Literal["auto", "shm", "tcp"] = "auto",
         data_connections: int = 4,
+        numa_node: int | None = None,
     ) -> None:
         where: Endpoint = UnixEndpoint(find_socket()) if endpoint is None else parse_endpoint(endpoint)
         if transport == "shm" and isinstance(where, TcpEndpoint):
@@ -87,11 +67,13 @@ class Client:
             raise ValueError(f"transport is 'auto', 'shm' or 'tcp', not {transport!r}")
         if not 1 <= data_connections <= 32:
             raise ValueError(f"data_connections is 1 to 32, not {data_connections}")
+        if numa_node is not None and not 0 <= numa_node < 1 << 32:
+            raise ValueError(f"numa_node is the number of a memory node, not {numa_node}")
         self.endpoint = where
         self.timeout_s = timeout_s
         shared = isinstance(where, UnixEndpoint) and transport != "tcp"
         self._lease_ids = itertools.count(1)
-        self._keeper = SessionKeeper(where, name, "shm" if shared else "tcp", data_connections)
+        self._keeper = SessionKeeper(where, name, "shm" if shared else "tcp", data_connections, numa_node)
         self._keeper.start()
 
     # -- the connection
@@ -257,12 +239,20 @@ class Client:
         """
         _same_length(items, buffers)
         deadline = self._deadline(timeout_s)
-        outcomes: list[StoreOutcome] = []
+        outcomes = [StoreOutcome.FAILED] * len(items)
+
+        def reserve(part: slice) -> WriteLease:
+            return self.reserve(namespace, items[part], timeout_s=_remaining(deadline))
+
         try:
-            for part in self._rounds(namespace, len(items)):
-                outcomes += self._store_round(namespace, items[part], buffers[part], deadline)
+            session = self._keeper.require()
+            most = ROUND_BYTES[session.info.kind] // namespace.chunk_bytes
+            chunks = max(1, min(most, session.max_chunks))
+            if items:
+                keys = [key for key, _ in items]
+                rounds.store(reserve, keys, buffers, namespace.chunk_bytes, chunks, deadline, outcomes)
         except _NOT_NOW:
-            outcomes += [StoreOutcome.FAILED] * (len(items) - len(outcomes))
+            pass
         return outcomes
 
     def renew(self, leases: Sequence[ReadLease], *, timeout_s: float | None = None) -> list[bool]:
@@ -278,36 +268,6 @@ class Client:
         return self._keeper.require().stats(deadline)
 
     # -- inside
-
-    def _store_round(
-        self,
-        namespace: NamespaceHandle,
-        items: Sequence[tuple[bytes, bytes]],
-        buffers: Sequence[Buffer],
-        deadline: float,
-    ) -> list[StoreOutcome]:
-        with self.reserve(namespace, items, timeout_s=_remaining(deadline)) as lease:
-            outcomes = [_REFUSED.get(result.status, StoreOutcome.FAILED) for result in lease.results]
-            granted = [(i, result.location) for i, result in enumerate(lease.results) if result.location is not None]
-            if not granted:
-                return outcomes
-            span = whole(namespace.chunk_bytes)
-            pieces = [Piece(location, span, buffers[i]) for i, location in granted]
-            written = lease.session.path(deadline).write(lease.lease_id, pieces, deadline)
-            # What did not arrive goes first, so that nothing is committed under a parent that is about to vanish.
-            lost = [items[i][0] for (i, _), good in zip(granted, written, strict=True) if not good]
-            if lost:
-                lease.abort(lost, timeout_s=_remaining(deadline))
-            there = [i for (i, _), good in zip(granted, written, strict=True) if good]
-            if there:
-                statuses = lease.commit([items[i][0] for i in there], timeout_s=_remaining(deadline))
-                for i, status in zip(there, statuses, strict=True):
-                    outcomes[i] = _COMMITTED.get(status, StoreOutcome.FAILED)
-            return outcomes
-
-    def _rounds(self, namespace: NamespaceHandle, count: int) -> Iterator[slice]:
-        size = max(1, min(STORE_ROUND_BYTES // namespace.chunk_bytes, self._keeper.require().max_chunks))
-        return (slice(first, first + size) for first in range(0, count, size))
 
     def _deadline(self, timeout_s: float | None) -> float:
         return time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)

@@ -92,6 +92,15 @@ class Device(Protocol):
         ...
 
 
+def pci_bus_id(device: torch.device) -> str:
+    """Where a device is plugged in: ``0000:3B:00.0``. Raises ImportError without CuPy, RuntimeError when the driver
+    does."""
+    import cupy
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return str(cupy.cuda.runtime.deviceGetPCIBusId(index))
+
+
 class CupyDevice:
     """``Device`` through CuPy (CUDA 12 or 13). Memory comes from torch, so that the process has one allocator."""
 

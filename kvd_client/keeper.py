@@ -32,11 +32,14 @@ CLOSE_TIMEOUT_S = 5.0
 class SessionKeeper:
     """One thread that keeps ``session`` the session with the daemon at ``endpoint``, or None."""
 
-    def __init__(self, endpoint: Endpoint, name: str, kind: Kind, connections: int) -> None:
+    def __init__(
+        self, endpoint: Endpoint, name: str, kind: Kind, connections: int, numa_node: int | None = None
+    ) -> None:
         self._endpoint = endpoint
         self._name = name
         self._kind: Kind = kind
         self._connections = connections
+        self._numa_node = numa_node
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._condition = threading.Condition()  # guards session, epoch, error
@@ -110,7 +113,7 @@ class SessionKeeper:
                 self._endpoint, self._kind, self._connections, self._epoch + 1, self.breaker, self._wake.set
             )
             try:
-                session.open(self._name, time.monotonic() + OPEN_TIMEOUT_S)
+                session.open(self._name, time.monotonic() + OPEN_TIMEOUT_S, self._numa_node)
             except Exception as error:
                 session.close(keep_memory=True)  # a daemon that is about to stop, perhaps
                 self._note(error)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from kvd.wire.chunks import CommitStatus, ReserveResult, ReserveStatus, Stripe
+from kvd.wire.chunks import CommitStatus, ReserveResult, Stripe
 from kvd.wire.errors import KvdError, Unavailable
 from kvd_client.messages import Found
 from kvd_client.session import Session
@@ -92,8 +92,7 @@ class WriteLease:
         self._timeout_s = timeout_s
         self._namespace_id = namespace_id
         self._lock = threading.Lock()
-        granted = [key for key, result in zip(keys, results, strict=True) if result.status == ReserveStatus.GRANTED]
-        self._held = set(granted)
+        self._held = {key for key, result in zip(keys, results, strict=True) if result.location is not None}
         #: Authorises writes on the data path of the session with this epoch.
         self.lease_id = lease_id
         self.epoch = session.epoch
@@ -122,9 +121,10 @@ class WriteLease:
             self._namespace_id, self.lease_id, keys, stripes, _deadline(timeout_s, self._timeout_s)
         )
         with self._lock:
-            for key, status in zip(keys, statuses, strict=True):
-                if status != CommitStatus.PARTIAL:
-                    self._held.discard(key)
+            partial = CommitStatus.PARTIAL
+            self._held.difference_update(
+                key for key, status in zip(keys, statuses, strict=True) if status is not partial
+            )
         return statuses
 
     def abort(self, keys: Sequence[bytes] = (), *, timeout_s: float | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence, Sized
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from kvd.wire.pb import kvd_pb2 as pb
 from kvd_client.path import Kind
 
 _REFUSED = {int(status): ReserveResult(status) for status in ReserveStatus if status is not ReserveStatus.GRANTED}
+_GRANTED = ReserveStatus.GRANTED
 _COMMIT_STATUSES = {int(status): status for status in CommitStatus}
 
 
@@ -55,20 +55,6 @@ class SessionInfo(NamedTuple):
     max_chunk_bytes: int
 
 
-def found(message: pb.LookupResponse) -> Found:
-    """The answer to a Lookup. Raises ProtocolMismatch."""
-    return Found(locations(message), message.promoting, message.writing)
-
-
-def locations(message: pb.LookupResponse | pb.ReserveResponse) -> list[Location]:
-    """The slots that an answer names in columns. Raises ProtocolMismatch when these are not equally long."""
-    segments = message.segments or itertools.repeat(0, len(message.offsets))
-    try:
-        return list(map(Location._make, zip(segments, message.offsets, message.generations, strict=True)))
-    except ValueError:
-        raise ProtocolMismatch("the daemon names slots in columns of different lengths") from None
-
-
 def reserved(statuses: Iterable[int], granted: Sequence[Location]) -> list[ReserveResult]:
     """The outcomes of a Reserve. What a later daemon says and this client does not know is no grant: NO_ROOM.
 
@@ -77,8 +63,8 @@ def reserved(statuses: Iterable[int], granted: Sequence[Location]) -> list[Reser
     slots = iter(granted)
     try:
         results = [
-            ReserveResult(ReserveStatus.GRANTED, next(slots))
-            if status == ReserveStatus.GRANTED
+            ReserveResult(_GRANTED, next(slots))
+            if status == _GRANTED
             else _REFUSED.get(status, _REFUSED[ReserveStatus.NO_ROOM])
             for status in statuses
         ]

@@ -19,14 +19,16 @@ from kvd.wire.lifeline import socket_path
 from kvd.wire.pb import kvd_pb2 as pb
 from kvd.wire.version import PROTOCOL_MAX, PROTOCOL_MIN, VERSION
 from kvd_client.breaker import Breaker
-from kvd_client.calls import Calls, GrpcCalls
+from kvd_client.calls import GrpcCalls
 from kvd_client.channel import CallChannel, FrameCalls
 from kvd_client.debts import Abort, Debts
 from kvd_client.lifeline import Lifeline
 from kvd_client.messages import Found, NamespaceHandle, SessionInfo, short
+from kvd_client.numa import node_of_process
 from kvd_client.path import Attachment, DataPath, Kind, open_path
 from kvd_client.presence import PresenceView
 from kvd_client.shm import ShmPath
+from kvd_client.tcp import open_call_connection
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +88,9 @@ class Session:
 
     # -- life
 
-    def open(self, name: str, deadline: float) -> None:
-        """Opens the session. Raises as calls do, and Unauthenticated, ProtocolMismatch; then ``close`` it."""
+    def open(self, name: str, deadline: float, numa_node: int | None = None) -> None:
+        """Opens the session, near ``numa_node`` or where this process runs. Raises as calls do, and Unauthenticated,
+        ProtocolMismatch; then ``close`` it."""
         ticket = b""
         daemon_id = None
         if isinstance(self._endpoint, UnixEndpoint):
@@ -108,6 +111,7 @@ class Session:
             client_version=VERSION,
             pid=os.getpid(),
             ticket=ticket,
+            numa_node=node_of_process() if numa_node is None else numa_node,
         )
         stream = self._grpc.session(self._notes(hello))
         welcome = _first_note(stream, deadline)
@@ -120,10 +124,6 @@ class Session:
         self._data_port: int = welcome.data_port
         self.max_chunks: int = welcome.max_chunks_per_request
         self._grpc.token = self._token
-        self._calls: Calls = self._grpc
-        if self._channel is not None:
-            self._channel.max_chunks = self.max_chunks
-            self._calls = FrameCalls(self._channel)
         self.info = SessionInfo(
             self.epoch,
             self._kind,
@@ -134,6 +134,10 @@ class Session:
             welcome.max_chunks_per_request,
             welcome.max_chunk_bytes,
         )
+        if self._channel is None:
+            self._channel = CallChannel(open_call_connection(self.attachment(), deadline), self._debts.take_misses)
+        self._channel.max_chunks = self.max_chunks
+        self._calls = FrameCalls(self._channel)
         threading.Thread(target=self._listen, args=(stream,), name="kvd-session", daemon=True).start()
 
     @property

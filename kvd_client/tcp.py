@@ -33,6 +33,7 @@ from kvd.wire.frames import (
     Item,
     ItemStatus,
     Op,
+    Purpose,
     pack_request,
 )
 from kvd.wire.spans import whole
@@ -43,8 +44,8 @@ log = logging.getLogger(__name__)
 
 #: Payload of one request: little enough to spread a load evenly over the connections.
 BATCH_BYTES = 16 << 20
-#: Less than this is not worth a second connection.
-MIN_BATCH_BYTES = 1 << 20
+#: Less than this is not worth a second connection: each part of a request costs both sides a hand-over between threads.
+MIN_BATCH_BYTES = 8 << 20
 #: Items of one request: its table fits into the daemon's socket buffer, so that it is sent without waiting for anybody
 #: while the answer to the request before is still to be read.
 BATCH_ITEMS = 256
@@ -258,12 +259,17 @@ class TcpPath:
             yield from statuses
             return
         coming = [move.payload for move, status in zip(batch, statuses, strict=True) if status == ItemStatus.OK]
-        intact = stream.receive_payloads(coming, deadline, checked=self.checked)
+        arriving = stream.receive_payloads(coming, deadline, checked=self.checked)
         for status in statuses:
-            yield ItemStatus.CHECKSUM if status == ItemStatus.OK and not next(intact) else status
+            yield ItemStatus.CHECKSUM if status == ItemStatus.OK and not next(arriving).intact else status
 
 
-def _connect(attachment: Attachment, deadline: float) -> Stream:
+def open_call_connection(attachment: Attachment, deadline: float) -> socket.socket:
+    """A connection for the calls of the session. Raises as ``open_path`` does."""
+    return _connect(attachment, deadline, Purpose.CALLS).release()
+
+
+def _connect(attachment: Attachment, deadline: float, purpose: Purpose = Purpose.DATA) -> Stream:
     where = f"the data plane at {attachment.address} port {attachment.port}"
     connection = None
     try:
@@ -272,7 +278,7 @@ def _connect(attachment: Attachment, deadline: float) -> Stream:
             raise TimeoutError("the deadline has passed")
         connection = socket.create_connection((attachment.address, attachment.port), remaining_s)
         stream = Stream(connection)
-        stream.send([memoryview(HELLO.pack(MAGIC, VERSION, 0, attachment.token))], deadline)
+        stream.send([memoryview(HELLO.pack(MAGIC, VERSION, purpose, attachment.token))], deadline)
         magic, version, status = HELLO_REPLY.unpack(stream.receive(HELLO_REPLY.size, deadline))
         if magic != MAGIC:
             raise ProtocolMismatch(f"{where} is not that of a kvd daemon")

@@ -19,6 +19,9 @@ from kvd.types import ROOT, ChunkState, Location, Namespace
 #: The pool is one segment.
 SEGMENT = 0
 
+# Named once: each time that a member of an Enum is named costs as much as a call.
+_WRITING, _WAITING, _READY = ChunkState.WRITING, ChunkState.WAITING, ChunkState.READY
+
 
 class SlabWindow(Protocol):
     """Slabs that would make room for one of another slot size when emptied."""
@@ -53,8 +56,8 @@ class Slots(Protocol):
     def slot_bytes(self, chunk_bytes: int) -> int:
         """Size of the slot of a chunk."""
 
-    def allocate(self, slot_bytes: int) -> int | None:
-        """Offset of a new slot, or None."""
+    def allocate(self, slot_bytes: int, near: int | None = None) -> int | None:
+        """Offset of a new slot, on the memory node ``near`` if that has one, or None."""
 
     def free(self, offset: int) -> None:
         """Take a slot back."""
@@ -187,14 +190,14 @@ class Books(Tree[Chunk]):
         home = self.homes.get(slab)
         if home is None:
             home = self.homes[slab] = Home(space.slot_bytes)
-        self.last_generation += 1
-        self.last_stamp += 1
-        location = Location(SEGMENT, offset, self.last_generation)
+        self.last_generation = generation = self.last_generation + 1
+        self.last_stamp = stamp = self.last_stamp + 1
+        location = Location(SEGMENT, offset, generation)
         parent_key = ROOT if parent is None else parent.key
-        chunk = Chunk(key, space, self.last_stamp, location, home, Draft(session, lease), holds=1)
+        chunk = Chunk(key, space, stamp, location, home, Draft(session, lease), holds=1)
         home.chunks += 1
         home.held += 1
-        home.heat += chunk.touched
+        home.heat += stamp
         space.chunks[key] = self.by_offset[offset] = lease.chunks[key] = chunk
         space.writing += 1
         self.charge(space, space.slot_bytes)
@@ -203,28 +206,28 @@ class Books(Tree[Chunk]):
             parent.adopt(chunk)
             self.hold(parent)
         named = space.namespace
-        self.journal.granted(offset, location.generation, named.id, key, parent_key, named.chunk_bytes)
+        self.journal.granted(offset, generation, named.id, key, parent_key, named.chunk_bytes)
         self.generations.publish(location)
         return chunk
 
     def complete(self, chunk: Chunk, draft: Draft) -> None:
         """All bytes of a WRITING chunk are there: READY with all that waited for it, or WAITING for its parent."""
         self._end_lease(chunk, draft)
-        chunk.state = ChunkState.WAITING
-        if chunk.parent is None or chunk.parent.state is ChunkState.READY:
+        chunk.state = _WAITING
+        if chunk.parent is None or chunk.parent.state is _READY:
             self._make_ready(chunk)
 
     def sound(self, chunk: Chunk) -> None:
         """The bytes of a STALE chunk are right: it is READY as soon as its parent is, with all that waited for it."""
         self.stale[chunk] = True
-        if chunk.parent is not None and chunk.parent.state is not ChunkState.READY:
+        if chunk.parent is not None and chunk.parent.state is not _READY:
             return
         ready = [chunk]
         for one in ready:
             del self.stale[one]
-            one.state = ChunkState.READY
+            one.state = _READY
             for child in one.children():
-                if child.state is ChunkState.WAITING:
+                if child.state is _WAITING:
                     self._make_ready(child)
                 elif self.stale.get(child):
                     ready.append(child)
@@ -234,26 +237,30 @@ class Books(Tree[Chunk]):
         """A WAITING chunk's parent is READY."""
         ready = [chunk]
         for one in ready:
-            if one.first_child is not None:
-                ready.extend(child for child in one.children() if child.state is ChunkState.WAITING)
-            if one.draft is not None:
-                one.draft.session.writing_bytes -= one.space.slot_bytes
-                if one.draft.promoted:
+            child = one.first_child
+            while child is not None:
+                if child.state is _WAITING:
+                    ready.append(child)
+                child = child.next_sibling
+            space, draft = one.space, one.draft
+            if draft is not None:
+                draft.session.writing_bytes -= space.slot_bytes
+                if draft.promoted:
                     self.counters.promoted_chunks += 1
                 else:
                     self.counters.stored_chunks += 1
             one.draft = None
-            one.space.writing -= 1
-            one.space.ready += 1
+            space.writing -= 1
+            space.ready += 1
             self.lift(one.parent)
             self._stamp(one)
             self.journal.ready(one.location.offset, one.touched, one.uses)
             if one.checksum is not None:
                 self.journal.sealed(one.location.offset, one.checksum)
-            one.state = ChunkState.READY
-            one.record = one.space.sound_record(one.key)
+            one.state = _READY
+            one.record = space.sound_record(one.key)
             if one.record is None:
-                self.presence.add(one.space.namespace.id, one.key)
+                self.presence.add(space.namespace.id, one.key)
             self.policy.enter(one)
             if self.pins is not None:
                 self.pins.entered(one)
@@ -271,7 +278,7 @@ class Books(Tree[Chunk]):
             for below in reversed(chunk.subtree()):
                 self._remove(below)
                 if below is not chunk and below.draft is not None:
-                    if below.state is ChunkState.WRITING:
+                    if below.state is _WRITING:
                         below.draft.doomed = True
                     else:
                         self._fail(below, below.draft)
@@ -296,6 +303,9 @@ class Books(Tree[Chunk]):
 
     def evict(self, top: Chunk) -> int:
         """Free ``top`` and all below it, leaves first; ``top.holds`` must be 0. How many chunks that were."""
+        if top.first_child is None:
+            self._let_go(top)
+            return 1
         subtree = top.subtree()
         for chunk in reversed(subtree):
             self._let_go(chunk)
@@ -314,7 +324,7 @@ class Books(Tree[Chunk]):
                 self._let_go(chunk)
                 continue
             self._remove(chunk)
-            if chunk.state is ChunkState.WRITING:
+            if chunk.state is _WRITING:
                 draft.doomed = True
             else:
                 self._fail(chunk, draft)
@@ -330,9 +340,10 @@ class Books(Tree[Chunk]):
         self.policy.discard(chunk)
         self.policy.leave(chunk)
         self._remove(chunk)
-        chunk.space.ready -= 1
-        if chunk.space.sound_record(chunk.key) is None:
-            self.presence.remove(chunk.space.namespace.id, chunk.key)
+        space = chunk.space
+        space.ready -= 1
+        if space.sound_record(chunk.key) is None:
+            self.presence.remove(space.namespace.id, chunk.key)
         self.stale.pop(chunk, None)
         self._free(chunk)
 
@@ -345,10 +356,11 @@ class Books(Tree[Chunk]):
         if not lease.chunks:
             draft.session.writes.pop(lease.id, None)
 
-    def _stamp(self, chunk: Chunk) -> int:
-        before = super()._stamp(chunk)
-        chunk.home.heat += chunk.touched - before
-        return before
+    def _stamp(self, chunk: Chunk) -> None:
+        self.last_stamp = stamp = self.last_stamp + 1
+        chunk.home.heat += stamp - chunk.touched
+        chunk.touched = stamp
+        chunk.uses += 1
 
     def _remove(self, chunk: Chunk) -> None:
         """Take a chunk without children out of the index and from its parent."""

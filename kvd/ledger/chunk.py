@@ -41,6 +41,7 @@ class Draft:
     lease: WriteLease | None  # None once the bytes are complete or the slot was given up
     covered: int = 0  # bits of ``Grid``
     writes: int = 0  # of the data plane, under way
+    written: int = 0  # how many of those there ever were
     poisoned: bool = False  # some bytes did not arrive intact
     promoted: bool = False  # the daemon itself writes it, from a disk
     doomed: bool = False  # its parent is gone: out of the index, the writer does not know yet

@@ -61,10 +61,10 @@ class Ghosts:
 
         Times are remembered modulo 2**34.
         """
-        if self._filled * 3 > len(self._segments) * _SEGMENT and len(self._segments) * _SEGMENT < self.limit:
+        if self._filled * 3 > (room := len(self._segments) * _SEGMENT) and room < self.limit:
             self._grow()
         tag, first, segment = self._find(key)
-        ghost = tag << _TAG_AT | min(uses, MAX_USES) << _TIME_BITS | used_at & _TIME_MASK
+        ghost = tag << _TAG_AT | (uses if uses < MAX_USES else MAX_USES) << _TIME_BITS | used_at & _TIME_MASK
         oldest = first
         for at in range(first, first + _WAYS):
             if not segment[at]:

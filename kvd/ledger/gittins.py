@@ -78,9 +78,12 @@ class Gittins(Generic[N]):
         now = self._tick()
         self._nodes += 1
         self._ghosts.limit = max(_LEAST_GHOSTS, _GHOSTS_PER_NODE * self._nodes)
-        uses = max(node.uses, self._recall(node.key, now) + 1)
-        uses, depth = min(uses, MAX_USES), _below(node.parent)
-        group = self._group(node.space, depth)
+        uses, depth = self._recall(node.key, now) + 1, _below(node.parent)
+        if uses < node.uses:
+            uses = node.uses
+        if uses > MAX_USES:
+            uses = MAX_USES
+        group = self._group(node.space, depth) if self._weight else 0
         node.mark = now << _TIME_AT | depth << _DEPTH_AT | uses << _USES_AT | group
         self._reuse.began(uses.bit_length(), now)
 
@@ -94,18 +97,20 @@ class Gittins(Generic[N]):
     def touch(self, nodes: Sequence[N]) -> None:
         """A request has used ``nodes``. Every hit comes through here: a run of those that were last used together, and
         as often, is learnt as one."""
-        reuse, now = self._reuse, self._now
-        due, first = reuse.due, now + 1
+        while len(nodes) >= (left := self._reuse.due - self._now):  # it is due when one of them is used
+            self._touch(nodes[: left - 1])
+            self._reuse.learn(self._now + 1)
+            nodes = nodes[left - 1 :]
+        self._touch(nodes)
+
+    def _touch(self, nodes: Sequence[N]) -> None:
+        step, first = _CHILD, self._now + 1
         mark = after = 0
-        for node in nodes:
-            now += 1
-            mark += _CHILD
-            after += _CHILD
-            if node.mark != mark or now >= due:
-                self._learn_run(mark - _CHILD, after - _CHILD, first, now)
-                if now >= due:
-                    reuse.learn(now)
-                    due = reuse.due
+        for now, node in enumerate(nodes, first):
+            mark += step
+            after += step
+            if node.mark != mark:
+                self._learn_run(mark - step, after - step, first, now)
                 first, mark = now, node.mark
                 after = now << _TIME_AT | (mark & _STAYS) + (_ONE_USE if mark & _USES_MASK < _USES_MASK else 0)
             node.mark = after
@@ -113,8 +118,8 @@ class Gittins(Generic[N]):
                 node.queued = False
                 if node.evictable:
                     self._queue(self._shelves[node.size_class], node)
-        self._learn_run(mark, after, first, now + 1)
-        self._now = now
+        self._now += len(nodes)
+        self._learn_run(mark, after, first, self._now + 1)
 
     def missed(self, space: Space, key: bytes) -> None:
         """A request had to do without a place for ``key``: a use, all the same."""
@@ -175,7 +180,8 @@ class Gittins(Generic[N]):
         worths = self._reuse.worth
         mark: int = victim.mark
         there = worths[((mark & _USES_MASK) >> _USES_AT).bit_length()][bucket(self._now + 1 - (mark >> _TIME_AT))]
-        here = worths[uses.bit_length()][0] * self._costs[self._group(space, _below(parent))]
+        group = self._group(space, _below(parent)) if self._weight else 0
+        here = worths[uses.bit_length()][0] * self._costs[group]
         return here >= there * self._costs[mark & _GROUPS - 1]
 
     def __contains__(self, node: object) -> bool:
@@ -220,8 +226,6 @@ class Gittins(Generic[N]):
         return self._now - (self._now - used_at & _GHOST_TIME)
 
     def _group(self, space: Space, depth: int) -> int:
-        if not self._weight:
-            return 0
         identity = space.namespace.identity
         tokens = depth * identity.block_tokens * identity.chunk_blocks
         return min((tokens // _GROUP_TOKENS).bit_length(), _GROUPS - 1)

@@ -47,6 +47,7 @@ class SessionBook:
 
     id: SessionId
     tenant: str
+    node: int | None = None  # the memory node that it is near
     closed: bool = False
     spaces: dict[bytes, Space] = field(default_factory=dict)
     reads: dict[LeaseId, ReadLease] = field(default_factory=dict)

@@ -72,15 +72,15 @@ class Promoting:
         """Records that are held because they are being read; for the audit."""
         return list(self._reads.values())
 
-    def follow(self, space: Space, keys: Sequence[bytes], previous: Chunk | None) -> int:
+    def follow(self, space: Space, keys: Sequence[bytes], previous: Chunk | None, near: int | None = None) -> int:
         """How many of ``keys``, from the first on, continue the READY prefix that ends in ``previous`` and are on their
-        way. What lies on a disk sets out now."""
+        way. What lies on a disk sets out now, to the memory node ``near`` if that has room."""
         coming = 0
         above = previous
         for key in keys:
             chunk = space.chunks.get(key)
             if chunk is None:
-                chunk = self._promote(space, key, above)
+                chunk = self._promote(space, key, above, near)
             elif self._books.expired(chunk):
                 break
             elif chunk.state is ChunkState.STALE:
@@ -107,7 +107,7 @@ class Promoting:
 
     # ------------------------------------------------------------ from a disk
 
-    def _promote(self, space: Space, key: bytes, above: Chunk | None) -> Chunk | None:
+    def _promote(self, space: Space, key: bytes, above: Chunk | None, near: int | None) -> Chunk | None:
         """Begin to read a record into a slot; None when there is no such record, or no slot."""
         records = self._records
         record = space.records.get(key)
@@ -116,7 +116,7 @@ class Promoting:
         parent_key = ROOT if record.parent is None else record.parent.key
         if parent_key != (ROOT if above is None else above.key):
             return None
-        offset = self._slot(space, above)
+        offset = self._slot(space, above, near)
         if offset is None:
             self._books.counters.unpromoted_no_room += 1
             return None
@@ -137,13 +137,13 @@ class Promoting:
         )
         return chunk
 
-    def _slot(self, space: Space, above: Chunk | None) -> int | None:
+    def _slot(self, space: Space, above: Chunk | None, near: int | None) -> int | None:
         if self._coming_bytes and self._coming_bytes + space.slot_bytes > self._most_bytes:
             return None  # in a small pool a single chunk may be more than that
         if above is not None:
             self._books.hold(above)  # room must not be made of what the chunk hangs on
         try:
-            return RoomMaker(self._books, space).slot()
+            return RoomMaker(self._books, space, near).slot()
         finally:
             if above is not None:
                 self._books.unhold(above)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 #: Classes are numbers below this.
 CLASSES = 16
 _CLASS_BITS = 4
@@ -37,6 +39,16 @@ def _edge(number: int) -> float:
 _WIDTHS = [_edge(number + 1) - _edge(number) for number in range(BUCKETS)]
 
 
+class _Evidence(NamedTuple):
+    """What ``ReuseTimes`` had seen at a time, see there: what its conclusions are drawn from."""
+
+    now: int
+    used: list[list[float]]
+    lost: list[list[float]]
+    waiting: dict[int, int]
+    coarse: int
+
+
 class ReuseTimes:
     """The distribution of the time to the next use, per class, and what follows: how much a place is worth.
 
@@ -47,7 +59,9 @@ class ReuseTimes:
     """
 
     def __init__(self) -> None:
-        self.worth = [[1.0 / _edge(number) for number in range(BUCKETS)]] * CLASSES
+        self._worth = [[1.0 / _edge(number) for number in range(BUCKETS)]] * CLASSES
+        #: What ``_worth`` is to be drawn from; None: it has been.
+        self._evidence: _Evidence | None = None
         self.learnt = False
         #: Time from which on ``learn`` should be called.
         self.due = _LEAST_INTERVAL
@@ -56,6 +70,14 @@ class ReuseTimes:
         self._waiting: dict[int, int] = {}  # by time >> _coarse, then class
         self._coarse = 0
         self._seen = 0
+
+    @property
+    def worth(self) -> list[list[float]]:
+        """See above, as of the last ``learn``. The first to ask after one waits for it, about a millisecond: who only
+        uses chunks never asks."""
+        if self._evidence is not None:
+            self._worth, self._evidence = _conclusions(self._evidence), None
+        return self._worth
 
     def began(self, number: int, now: int) -> None:
         """Something of class ``number`` was used at ``now`` and is waited for."""
@@ -73,30 +95,35 @@ class ReuseTimes:
         ``since`` and was used at ``now``, and each of the others one later than the one before it, both times."""
         self._used[number][bucket(now - since)] += count
         self._seen += count
-        waiting, end = self._waiting, now + count
+        waiting, end, coarse = self._waiting, now + count, self._coarse
+        last = (1 << coarse) - 1
+        if not last and since + count <= now:  # of one use each: those that it took go, and as many new ones come
+            cells = range(since << _CLASS_BITS | number, since + count << _CLASS_BITS | number, CLASSES)
+            if len(waiting) + count - sum(map(waiting.__contains__, cells)) <= _MAX_CELLS:
+                for cell in cells:
+                    waiting.pop(cell, None)
+                waiting.update(dict.fromkeys(range(now << _CLASS_BITS | following, end << _CLASS_BITS, CLASSES), 1))
+                return
         while now < end:
-            coarse = self._coarse
             cell, into = since >> coarse << _CLASS_BITS | number, now >> coarse << _CLASS_BITS | following
             known, some = into in waiting, 1
-            if known:  # so many are of the same two cells
-                last = (1 << coarse) - 1
+            if last and (known or (cell != into and len(waiting) < _MAX_CELLS)):  # so many are of the same two cells
                 some = min(end - now, (since | last) + 1 - since, (now | last) + 1 - now)
             since += some
             now += some
             if cell == into and known:
                 continue
-            left = waiting.get(cell, 0)
+            left = waiting.pop(cell, 0)
             if left > some:
                 waiting[cell] = left - some
-            elif left:
-                del waiting[cell]
             if known:
                 waiting[into] += some
                 continue
-            waiting[into] = 1
+            waiting[into] = some
             if len(waiting) > _MAX_CELLS:
                 self._coarsen()
-                waiting = self._waiting
+                waiting, coarse = self._waiting, self._coarse
+                last = (1 << coarse) - 1
 
     def used(self, number: int, since: int, now: int) -> None:
         """What began at ``since`` was used again, and is not waited for yet."""
@@ -121,23 +148,15 @@ class ReuseTimes:
             del self._waiting[cell]
 
     def learn(self, now: int) -> None:
-        """Draw the conclusions. O(classes x buckets), a few milliseconds."""
+        """Conclusions are to be drawn, from what was seen until now, when ``worth`` is asked for next."""
         waiting = sum(self._waiting.values())
         self.due = now + max(_LEAST_INTERVAL, waiting // 16)
         if self._seen < _ENOUGH:
             return
         self.learnt = True
-        top = min(bucket(now) + 2 * _PER_OCTAVE, BUCKETS)
-        risks = self._at_risk(now, top)
-        used = [sum(column) for column in zip(*self._used, strict=True)]
-        risk = [sum(column) for column in zip(*risks, strict=True)]
-        common = [(used[at] + _PRIOR * _PRIOR_HAZARD) / (risk[at] + _PRIOR) for at in range(top)]
-        unknown = self._indices([0.0] * top, [0.0] * top, common)
-        self.worth = [
-            self._indices(counts, risks[number], common) if risks[number][0] else unknown
-            for number, counts in enumerate(self._used)
-        ]
-        if sum(used) + sum(map(sum, self._lost)) > _MEMORY * waiting:
+        used, lost = list(map(list, self._used)), list(map(list, self._lost))
+        self._evidence = _Evidence(now, used, lost, dict(self._waiting), self._coarse)
+        if sum(map(sum, used)) + sum(map(sum, lost)) > _MEMORY * waiting:
             for columns in (self._used, self._lost):
                 for number, counts in enumerate(columns):
                     columns[number] = [count / 2 for count in counts]
@@ -152,59 +171,76 @@ class ReuseTimes:
                 merged[cell] = merged.get(cell, 0) + count
             self._waiting = merged
 
-    def _at_risk(self, now: int, top: int) -> list[list[float]]:
-        """Per class and bucket: how many came to this age. Those who ended in it without a use count half."""
-        ended = [list(lost[:top]) for lost in self._lost]
-        coarse = self._coarse
-        now -= 1 << coarse >> 1
-        for cell, count in self._waiting.items():
-            age = now - (cell >> _CLASS_BITS << coarse)
-            if age < 1:
-                age = 1
-            octave = age.bit_length() - 1
-            at = octave * _PER_OCTAVE + (age << 2 >> octave & 3)
-            ended[cell & CLASSES - 1][at if at < top else -1] += count
-        risks = []
-        for used, others in zip(self._used, ended, strict=True):
-            risk = [0.0] * top
-            beyond = 0.0
-            for at in range(top - 1, -1, -1):
-                beyond += used[at] + others[at]
-                risk[at] = beyond - others[at] / 2
-            risks.append(risk)
-        return risks
 
-    @staticmethod
-    def _indices(used: list[float], risk: list[float], common: list[float]) -> list[float]:
-        """The index at each age: the steepest way up from it on the curve of hits over time held.
+def _conclusions(seen: _Evidence) -> list[list[float]]:
+    """The index of every class at every age. O(classes x buckets)."""
+    top = min(bucket(seen.now) + 2 * _PER_OCTAVE, BUCKETS)
+    risks = _at_risk(seen, top)
+    used = [sum(column) for column in zip(*seen.used, strict=True)]
+    risk = [sum(column) for column in zip(*risks, strict=True)]
+    common = [(used[at] + _PRIOR * _PRIOR_HAZARD) / (risk[at] + _PRIOR) for at in range(top)]
+    unknown = _indices([0.0] * top, [0.0] * top, common)
+    return [
+        _indices(counts, risks[number], common) if risks[number][0] else unknown
+        for number, counts in enumerate(seen.used)
+    ]
 
-        ``hits`` and ``held`` are for one that begins; given that it came to an age, both grow by one factor beyond.
-        The steepest ways are the tangents of the curve's upper hull, found from its end backwards.
-        """
-        points = [(0.0, 0.0)]
-        x, y, alive = 0.0, 0.0, 1.0
-        for seen, at_risk, shared, width in zip(used, risk, common, _WIDTHS, strict=False):
-            hazard = (seen + _PRIOR * shared) / (at_risk + _PRIOR)
-            if hazard > 1.0:
-                hazard = 1.0
-            x += alive * (1.0 - hazard / 2) * width
-            y += alive * hazard
-            alive *= 1.0 - hazard
-            points.append((x, y))
-        top_x, top_y = points.pop()  # of the hull; what it rests on is below
-        hull: list[tuple[float, float]] = []
-        worth = [0.0] * len(common)
-        for at in range(len(common) - 1, -1, -1):
-            x, y = points[at]
-            steepest = (top_y - y) / (top_x - x) if top_x > x else 0.0
-            while hull:
-                to_x, to_y = hull[-1]
-                other = (to_y - y) / (to_x - x) if to_x > x else 0.0
-                if other < steepest:
-                    break
-                top_x, top_y = hull.pop()
-                steepest = other
-            worth[at] = steepest
-            hull.append((top_x, top_y))
-            top_x, top_y = x, y
-        return worth + [worth[-1]] * (BUCKETS - len(common))
+
+def _at_risk(seen: _Evidence, top: int) -> list[list[float]]:
+    """Per class and bucket: how many came to this age. Those who ended in it without a use count half."""
+    ended = [lost[:top] for lost in seen.lost]
+    coarse = seen.coarse
+    now = seen.now - (1 << coarse >> 1)
+    for cell, count in seen.waiting.items():
+        age = now - (cell >> _CLASS_BITS << coarse)
+        if age < 1:
+            age = 1
+        octave = age.bit_length() - 1
+        at = octave * _PER_OCTAVE + (age << 2 >> octave & 3)
+        ended[cell & CLASSES - 1][at if at < top else -1] += count
+    risks = []
+    for used, others in zip(seen.used, ended, strict=True):
+        risk = [0.0] * top
+        risks.append(risk)
+        if not any(used) and not any(others):
+            continue
+        beyond = 0.0
+        for at in range(top - 1, -1, -1):
+            beyond += used[at] + others[at]
+            risk[at] = beyond - others[at] / 2
+    return risks
+
+
+def _indices(used: list[float], risk: list[float], common: list[float]) -> list[float]:
+    """The index at each age: the steepest way up from it on the curve of hits over time held.
+
+    ``hits`` and ``held`` are for one that begins; given that it came to an age, both grow by one factor beyond.
+    The steepest ways are the tangents of the curve's upper hull, found from its end backwards.
+    """
+    points = [(0.0, 0.0)]
+    x, y, alive = 0.0, 0.0, 1.0
+    for seen, at_risk, shared, width in zip(used, risk, common, _WIDTHS, strict=False):
+        hazard = (seen + _PRIOR * shared) / (at_risk + _PRIOR)
+        if hazard > 1.0:
+            hazard = 1.0
+        x += alive * (1.0 - hazard / 2) * width
+        y += alive * hazard
+        alive *= 1.0 - hazard
+        points.append((x, y))
+    top_x, top_y = points.pop()  # of the hull; what it rests on is below
+    hull: list[tuple[float, float]] = []
+    worth = [0.0] * len(common)
+    for at in range(len(common) - 1, -1, -1):
+        x, y = points[at]
+        steepest = (top_y - y) / (top_x - x) if top_x > x else 0.0
+        while hull:
+            to_x, to_y = hull[-1]
+            other = (to_y - y) / (to_x - x) if to_x > x else 0.0
+            if other < steepest:
+                break
+            top_x, top_y = hull.pop()
+            steepest = other
+        worth[at] = steepest
+        hull.append((top_x, top_y))
+        top_x, top_y = x, y
+    return worth + [worth[-1]] * (BUCKETS - len(common))

@@ -29,12 +29,14 @@ class RoomMaker:
     windows is O(slabs), so it is done once per request and again only when the slot size has no victim left, or its
     victim is worth more than who comes.
 
-    Where shares say what may be taken for whom (``kvd.ledger.shares``), this is asked first of everything.
+    Where shares say what may be taken for whom (``kvd.ledger.shares``), this is asked first of everything. Of the slots
+    that are free, one on the memory node ``near`` is preferred; who goes for one has nothing to do with it.
     """
 
-    def __init__(self, books: Books, space: Space) -> None:
+    def __init__(self, books: Books, space: Space, near: int | None = None) -> None:
         self._books = books
         self._space = space
+        self._near = near
         self._slot_bytes = space.slot_bytes
         self._compared = False
         self._refused = False
@@ -54,9 +56,9 @@ class RoomMaker:
         offset = None
         if self._within_hard_share():
             if not self._slabs:
-                offset = self._books.slots.allocate(self._slot_bytes)
+                offset = self._books.slots.allocate(self._slot_bytes, self._near)
             if offset is None and self._make():
-                offset = self._books.slots.allocate(self._slot_bytes)
+                offset = self._books.slots.allocate(self._slot_bytes, self._near)
         self._full = offset is None
         if not self._full:
             self._books.wanted[self._space] += 1

@@ -22,11 +22,11 @@ class Sessions:
         self._max_chunk_bytes = max_chunk_bytes
         self.books: dict[SessionId, SessionBook] = {}
 
-    def open(self, session: SessionId, tenant: str) -> None:
-        """A new session. Raises ``InvalidRequest`` when the number is taken."""
+    def open(self, session: SessionId, tenant: str, node: int | None = None) -> None:
+        """A new session, near a memory node if that is known. Raises ``InvalidRequest`` when the number is taken."""
         if session in self.books:
             raise InvalidRequest(f"session {session} exists already")
-        self.books[session] = SessionBook(session, tenant)
+        self.books[session] = SessionBook(session, tenant, node)
 
     def get(self, session: SessionId) -> SessionBook:
         """The books of an open session. Raises ``SessionUnknown``."""

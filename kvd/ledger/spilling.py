@@ -74,6 +74,8 @@ class Spilling:
         self._scanned = False
         #: Written before their parents were: by parent, what is recorded as soon as that has its record.
         self._early: dict[Chunk, list[tuple[Chunk, Place]]] = {}
+        #: Were encoded when there was no room for them: they are written as they are.
+        self._plain: set[Chunk] = set()
         #: Of chunks that are to be written, those under way included.
         self.queued_bytes = 0
         self._speed = float(_FIRST_SPEED)
@@ -216,7 +218,8 @@ class Spilling:
 
     def _step(self, chunk: Chunk) -> bool:
         """Order the next thing for ``chunk``. False: there is no room on the disks now."""
-        if chunk.checksum is not None:
+        encode = self._habits.encode and chunk.to_write and chunk not in self._plain
+        if chunk.checksum is not None and not encode:
             if chunk.to_write:
                 return self._write(chunk, None)
             chunk.spilling = False
@@ -240,12 +243,13 @@ class Spilling:
         self._under_way -= 1
         self.sealing.discard(chunk)
         self._books.unhold(chunk)
-        if result.outcome is Outcome.OK:
+        if result.outcome is Outcome.OK and chunk.checksum is None:
             chunk.checksum = result.checksum
             self._books.journal.sealed(chunk.location.offset, result.checksum)
         if chunk.checksum is None or not chunk.to_write:
             self._finish(chunk)
         elif not self._write(chunk, result.encoded):
+            self._plain.add(chunk)
             self._queue.appendleft(chunk)
         self.pump()
 
@@ -322,6 +326,7 @@ class Spilling:
             if chunk.record is None and self._budget is not None:
                 self._budget.give(chunk.space.slot_bytes)
             chunk.to_write = False
+            self._plain.discard(chunk)
             self.queued_bytes -= chunk.space.slot_bytes
             self._books.unhold(chunk)
 

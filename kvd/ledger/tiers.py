@@ -74,11 +74,12 @@ class Tiers:
 
     # ------------------------------------------------------------ day by day
 
-    def follow(self, space: Space, keys: Sequence[bytes], previous: Chunk | None) -> int:
-        """How many of ``keys`` continue the READY prefix that ends in ``previous`` and are on their way up."""
+    def follow(self, space: Space, keys: Sequence[bytes], previous: Chunk | None, near: int | None = None) -> int:
+        """How many of ``keys`` continue the READY prefix that ends in ``previous`` and are on their way up; to the
+        memory node ``near`` if that has room."""
         if self.records is None and not self._books.stale:
             return 0
-        return self.promoting.follow(space, keys, previous)
+        return self.promoting.follow(space, keys, previous, near)
 
     def tick(self, now: float) -> None:
         """What is due by now."""

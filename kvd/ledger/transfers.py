@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from kvd.ledger.books import SEGMENT, Books
@@ -15,10 +15,12 @@ from kvd.wire.spans import whole
 
 
 class Transfer(NamedTuple):
-    """A transfer under way: per item the chunk that it pins, None for an item that was refused."""
+    """A transfer under way: per item the chunk that it pins, None for an item that was refused, and whether it moves
+    all of it."""
 
     op: Op
     chunks: list[Chunk | None]
+    whole: list[bool]
 
 
 class Transfers:
@@ -36,6 +38,7 @@ class Transfers:
         chunks: list[Chunk | None] = []
         statuses = []
         checksums = []
+        wholes = []
         for item in items:
             chunk = self._leased(book, op, lease_id, item)
             if chunk is None:
@@ -49,28 +52,41 @@ class Transfers:
                     self._books.hold(chunk)
                 else:
                     chunk.draft.writes += 1
+                    chunk.draft.written += 1
+                    chunk.checksum = None
             chunks.append(chunk)
-            # One that is being written has none yet.
-            whole_chunk = chunk is not None and item.span == whole(chunk.space.namespace.chunk_bytes)
-            checksums.append(chunk.checksum if chunk is not None and whole_chunk else None)
+            wholes.append(chunk is not None and item.span == whole(chunk.space.namespace.chunk_bytes))
+            checksums.append(chunk.checksum if chunk is not None and wholes[-1] else None)
         self._last_id += 1
-        self.under_way[self._last_id] = Transfer(op, chunks)
+        self.under_way[self._last_id] = Transfer(op, chunks, wholes)
         return IoTicket(self._last_id, book.id, tuple(checksums)), statuses
 
-    def end(self, ticket: IoTicket, failed: Collection[int], quarantine_until: float) -> None:
-        """Let go of what the transfer pinned. Items of a write in ``failed`` poison their chunks. Twice is once."""
+    def end(
+        self, ticket: IoTicket, failed: Collection[int], checksums: Mapping[int, int], quarantine_until: float
+    ) -> None:
+        """Let go of what the transfer pinned. Items of a write in ``failed`` poison their chunks. Twice is once.
+
+        ``checksums``: by item, of the bytes that were moved. That of a whole chunk is the chunk's from now on, so that
+        nobody reads its bytes for it again.
+        """
         transfer = self.under_way.pop(ticket.id, None)
         if transfer is None:
             return
         for index, chunk in enumerate(transfer.chunks):
             if chunk is None:
                 continue
+            checksum = checksums.get(index) if transfer.whole[index] else None
             if transfer.op is Op.READ:
+                if chunk.checksum is None and checksum is not None:
+                    chunk.checksum = checksum
+                    self._books.journal.sealed(chunk.location.offset, checksum)
                 self._books.unhold(chunk)
             elif chunk.draft is not None:
                 if index in failed:
                     chunk.draft.poisoned = True
                     self._books.counters.checksum_failures += 1
+                elif chunk.draft.written == 1:  # nobody else has written into it, before or meanwhile
+                    chunk.checksum = checksum
                 self._books.end_write(chunk, chunk.draft, quarantine_until)
 
     def _leased(self, book: SessionBook, op: Op, lease_id: LeaseId, item: Item) -> Chunk | None:

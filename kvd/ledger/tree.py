@@ -98,12 +98,10 @@ class Tree(Generic[N]):
         if self.shares is not None:
             self.shares.charge(space.namespace, change_bytes)
 
-    def _stamp(self, node: N) -> int:
-        """Mark ``node`` as used now; the stamp that it had before."""
-        self.last_stamp = stamp = self.last_stamp + 1
-        before, node.touched = node.touched, stamp
+    def _stamp(self, node: N) -> None:
+        """Mark ``node`` as used now."""
+        self.last_stamp = node.touched = self.last_stamp + 1
         node.uses += 1
-        return before
 
     def _unlink(self, node: N) -> None:
         """Take a node without children from its parent."""

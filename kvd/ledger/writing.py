@@ -11,6 +11,15 @@ from kvd.ledger.leases import SessionBook, WriteLease
 from kvd.ledger.room import RoomMaker
 from kvd.types import ROOT, ChunkState, CommitStatus, LeaseId, ReserveResult, ReserveStatus
 
+# Named once: each time that a member of an Enum is named costs as much as a call.
+_READY = ChunkState.READY
+_GRANTED = ReserveStatus.GRANTED
+_STORED, _WAITING_PARENT = CommitStatus.STORED, CommitStatus.WAITING_PARENT
+_PRESENT = ReserveResult(ReserveStatus.PRESENT)
+_BUSY = ReserveResult(ReserveStatus.BUSY)
+_NO_ROOM = ReserveResult(ReserveStatus.NO_ROOM)
+_NO_PARENT = ReserveResult(ReserveStatus.NO_PARENT)
+
 
 class Writing:
     """The writers' side of the books. ``max_writing_bytes`` bounds what one session has reserved and not READY."""
@@ -24,7 +33,7 @@ class Writing:
     ) -> list[ReserveResult]:
         """One answer per (key, parent); what is granted is under the new write lease ``lease_id``."""
         lease = WriteLease(lease_id, space)
-        room = RoomMaker(self._books, space)
+        room = RoomMaker(self._books, space, book.node)
         # What is there already must not be evicted for the sake of what is not: the answers would be stale at once.
         present = [chunk for key, _ in items if (chunk := space.chunks.get(key)) is not None]
         for chunk in present:
@@ -38,7 +47,7 @@ class Writing:
             if not lease.chunks:
                 del book.writes[lease_id]
         for (key, _), result in zip(items, results, strict=True):
-            if result.status in (ReserveStatus.NO_ROOM, ReserveStatus.NO_PARENT) and key not in space.chunks:
+            if (result is _NO_ROOM or result is _NO_PARENT) and key not in space.chunks:
                 self._books.policy.missed(space, key)
         return results
 
@@ -51,21 +60,21 @@ class Writing:
         if (parent is None and parent_key != ROOT) or (chunk is not None and chunk.parent is not parent):
             # The second: held, but under another parent. A lookup along this prefix would not find it.
             counters.no_parent_chunks += 1
-            return ReserveResult(ReserveStatus.NO_PARENT)
-        if chunk is not None and chunk.state is ChunkState.READY:
+            return _NO_PARENT
+        if chunk is not None and chunk.state is _READY:
             self._books.lift(chunk.parent)
             self._books.touch(chunk)
             counters.present_chunks += 1
-            return ReserveResult(ReserveStatus.PRESENT)
+            return _PRESENT
         if chunk is not None:
             counters.busy_chunks += 1
-            return ReserveResult(ReserveStatus.BUSY)
+            return _BUSY
         offset = self._slot(book, room, space.slot_bytes, key, parent)
         if offset is None:
             counters.no_room_chunks += 1
-            return ReserveResult(ReserveStatus.NO_ROOM)
+            return _NO_ROOM
         counters.reserved_chunks += 1
-        return ReserveResult(ReserveStatus.GRANTED, self._books.grant(key, parent, offset, book, lease).location)
+        return ReserveResult(_GRANTED, self._books.grant(key, parent, offset, book, lease).location)
 
     def _slot(
         self, book: SessionBook, room: RoomMaker, slot_bytes: int, key: bytes, parent: Chunk | None
@@ -86,7 +95,7 @@ class Writing:
         first = [self._commit_one(chunk, lease, cells) for chunk, (_, cells) in zip(chunks, items, strict=True)]
         # What had to wait may have become READY, or gone, by a later item of this very request.
         return [
-            self._outcome(space, chunk) if status is CommitStatus.WAITING_PARENT and chunk is not None else status
+            self._outcome(space, chunk) if status is _WAITING_PARENT and chunk is not None else status
             for chunk, status in zip(chunks, first, strict=True)
         ]
 
@@ -110,7 +119,7 @@ class Writing:
     def _outcome(space: Space, chunk: Chunk) -> CommitStatus:
         if space.chunks.get(chunk.key) is not chunk:
             return CommitStatus.FAILED
-        return CommitStatus.STORED if chunk.state is ChunkState.READY else CommitStatus.WAITING_PARENT
+        return _STORED if chunk.state is _READY else _WAITING_PARENT
 
     def abort(self, lease: WriteLease, keys: Sequence[bytes]) -> int:
         """Give up ``keys``, or all that the lease still holds; how many that were. Their slots are free at once."""

@@ -6,6 +6,7 @@
       slot_table.SlotTable    the journal of the books (``SlotJournal``), in the format of slot_format.py
       holders.Holders         who of a former life may still be writing
       former.Former           what a new life begins with: entries that can be believed
+      numa                    which part of it lies on which memory node, where there are several
     slabs.SlabAllocator       which bytes are in use; ``claim`` rebuilds it from the entries
     files.py                  names, owners and modes of the files
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvd import names
@@ -18,8 +19,9 @@ from kvd.memory.files import PoolFiles, Unusable, create_own, discard, files_in,
 from kvd.memory.former import Former, take_stock
 from kvd.memory.generations import GenerationTable
 from kvd.memory.holders import Holders
+from kvd.memory.numa import Node, divide, place
 from kvd.memory.segment import Segment
-from kvd.memory.slabs import region_bytes_for
+from kvd.memory.slabs import Part, region_bytes_for
 from kvd.memory.slot_format import Header
 from kvd.memory.slot_table import SlotTable
 
@@ -32,6 +34,7 @@ class Pool:
 
     ``journal`` and ``holders`` are None for anonymous memory: nothing outlives the daemon, nobody need prove anything.
     ``former``: what the daemon before left, None after a cold start; ``cold`` then says why it is one.
+    ``parts``: where it lies on several memory nodes, what of it on which.
     """
 
     segment: Segment
@@ -39,6 +42,7 @@ class Pool:
     holders: Holders | None = None
     former: Former | None = None
     cold: str = ""
+    parts: tuple[Part, ...] = ()
     _files: PoolFiles | None = field(default=None, repr=False)
 
     def close(self) -> None:
@@ -64,12 +68,28 @@ class Pool:
                     os.rmdir(os.path.dirname(self._files.slots))
 
 
-def open_pool(size: int, *, daemon_id: int, directory: str | None = None, huge_pages: bool = False) -> Pool:
+def open_pool(
+    size: int,
+    *,
+    daemon_id: int,
+    directory: str | None = None,
+    huge_pages: bool = False,
+    nodes: Sequence[Node] = (),
+) -> Pool:
     """A pool of ``size`` bytes, cut to whole pages; in ``directory`` (tmpfs or hugetlbfs) when given, else anonymous.
 
     The caller has made sure that no other daemon uses ``directory``. ``daemon_id``: of this life, never used before.
-    Raises OSError.
+    ``nodes``: the memory nodes to lie on; a kernel that does not let kvd choose is none. Raises OSError.
     """
+    pool = _open(size, daemon_id, directory, huge_pages)
+    segment = pool.segment
+    parts = divide(segment.size, nodes)
+    if parts and place(segment.address, segment.info.page_bytes, parts):
+        pool.parts = parts
+    return pool
+
+
+def _open(size: int, daemon_id: int, directory: str | None, huge_pages: bool) -> Pool:
     if directory is None:
         backing = anonymous_backing(size, huge_pages=huge_pages)
         segment = Segment(backing, GenerationTable.anonymous(backing.size, daemon_id))
@@ -103,7 +123,7 @@ def _make(files: PoolFiles, size: int, daemon_id: int, huge_pages: bool, cold: s
     except BaseException:
         discard(files)
         raise
-    return Pool(segment, journal, holders, None, cold, files)
+    return Pool(segment, journal, holders, None, cold, _files=files)
 
 
 def _take_over(files: PoolFiles, size: int, daemon_id: int, huge_pages: bool) -> Pool:
@@ -145,7 +165,7 @@ def _take_over(files: PoolFiles, size: int, daemon_id: int, huge_pages: bool) ->
             journal.forget(unused)
         reach("pool.recovery.after")
         stack.pop_all()
-    return Pool(segment, journal, holders, former, "", files)
+    return Pool(segment, journal, holders, former, _files=files)
 
 
 def _header(files: PoolFiles, size: int, page_bytes: int, huge_pages: bool) -> Header:

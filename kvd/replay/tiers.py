@@ -47,7 +47,7 @@ class EqualSlots:
         """All are equal."""
         return CHUNK_BYTES
 
-    def allocate(self, slot_bytes: int) -> int | None:
+    def allocate(self, slot_bytes: int, near: int | None = None) -> int | None:
         """Offset of a free slot, or None."""
         if self._freed:
             return self._freed.pop()

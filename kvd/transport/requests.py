@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
@@ -48,8 +48,11 @@ class Authority(Protocol):
         ``checksums`` of the ticket of a READ: per item the XXH3-64 of its bytes where it is known, else None.
         """
 
-    def end_io(self, ticket: Any, failed: Collection[int]) -> None:
-        """Nothing moves any more under ``ticket``. ``failed``: indices of items whose bytes did not arrive intact."""
+    def end_io(self, ticket: Any, failed: Collection[int], checksums: Mapping[int, int]) -> None:
+        """Nothing moves any more under ``ticket``. ``failed``: indices of items whose bytes did not arrive intact.
+
+        ``checksums``: by index, the XXH3-64 of an item's bytes, where it was computed on the way.
+        """
 
 
 class MalformedRequest(Exception):
@@ -112,6 +115,7 @@ class Answerer:
         begun = time.monotonic()
         ticket, given = self._authority.begin_io(self._session, request.op, request.lease_id, request.items)
         failed: set[int] = set()
+        checksums: dict[int, int] = {}
         try:
             # What is known is not computed again; were the bytes not those any more, the client would see it.
             known = ticket.checksums if request.op == Op.READ else repeat(None, len(given))
@@ -124,14 +128,16 @@ class Answerer:
                 for status, payload in zip(given, payloads, strict=True)
             ]
             if request.op == Op.READ:
-                there = [payload for payload in payloads if payload.memory is not None]
-                self._stream.send_payloads(_reply(statuses), there, request.deadline, checked=request.checked)
+                there = [i for i, payload in enumerate(payloads) if payload.memory is not None]
+                coming = [payloads[i] for i in there]
+                told = self._stream.send_payloads(_reply(statuses), coming, request.deadline, checked=request.checked)
+                checksums.update(zip(there, told, strict=False))
             else:
                 # Until an item has arrived whole it has failed.
                 failed.update(i for i, payload in enumerate(payloads) if payload.memory is not None)
-                self._receive(request, payloads, statuses, failed)
+                self._receive(request, payloads, statuses, failed, checksums)
         finally:
-            self._authority.end_io(ticket, failed)
+            self._authority.end_io(ticket, failed, checksums)
         if request.op == Op.WRITE:
             self._stream.send([memoryview(_reply(statuses))], request.deadline)
         moved_bytes = sum(payload.span.size for payload in payloads if payload.memory is not None)
@@ -147,13 +153,22 @@ class Answerer:
         return segment[item.offset : item.offset + item.span.end]
 
     def _receive(
-        self, request: Request, payloads: Sequence[Payload], statuses: list[ItemStatus], failed: set[int]
+        self,
+        request: Request,
+        payloads: Sequence[Payload],
+        statuses: list[ItemStatus],
+        failed: set[int],
+        checksums: dict[int, int],
     ) -> None:
         arriving = self._stream.receive_payloads(payloads, request.deadline, checked=request.checked)
-        for i, intact in enumerate(arriving):
+        for i, (intact, checksum) in enumerate(arriving):
+            if i not in failed:
+                continue  # refused, and dropped
             if intact:
-                failed.discard(i)
-            elif i in failed:
+                failed.remove(i)
+                if checksum is not None:
+                    checksums[i] = checksum
+            else:
                 statuses[i] = ItemStatus.CHECKSUM
                 log.warning("checksum mismatch in a write of %d bytes: the chunk is refused", payloads[i].span.size)
 

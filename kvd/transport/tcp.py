@@ -4,6 +4,8 @@ One thread per connection, blocking sockets: a thread moves bytes in calls that 
 of pool memory. What may be touched the books decide: every request asks the ``Authority`` before its first payload byte
 and tells it when the last one has been moved. Everything a client sends is bounded before it is believed; whatever
 breaks the rules of the frames closes its connection and nothing else.
+
+A connection that is to carry calls is let in here like any other, and handed on.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvd.transport.requests import Answerer, Authority, MalformedRequest, Observer, receive_request
 from kvd.types import SessionId
 from kvd.wire.endpoints import format_host_port
 from kvd.wire.errors import KvdError
-from kvd.wire.frames import HELLO, HELLO_REPLY, MAGIC, VERSION, HelloStatus
+from kvd.wire.frames import HELLO, HELLO_REPLY, MAGIC, VERSION, HelloStatus, Purpose
 from kvd.wire.stream import Stream
 
 __all__ = ["Authority", "DataPlane", "Observer"]
@@ -46,10 +48,16 @@ def _ignore(op: str, moved_bytes: int, seconds: float) -> None:
     """The observer of those who want none."""
 
 
+def _refuse(session: SessionId, connection: socket.socket) -> None:
+    """Where no calls are taken."""
+    connection.close()
+
+
 class DataPlane:
     """Listener and connections. ``segments``: the writable bytes of the pool's segments, by index.
 
-    ``port`` may be 0: then the kernel chooses, and ``port`` says what after ``start``.
+    ``port`` may be 0: then the kernel chooses, and ``port`` says what after ``start``. ``calls`` takes over, in a
+    thread, the connections that sessions have made for their calls.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class DataPlane:
         max_connections: int = 256,
         io_timeout_s: float = 30.0,
         observer: Observer = _ignore,
+        calls: Callable[[SessionId, socket.socket], None] = _refuse,
     ) -> None:
         self.host = host
         self.port = port
@@ -70,6 +79,7 @@ class DataPlane:
         self._max_connections = max_connections
         self._io_timeout_s = io_timeout_s
         self._observer = observer
+        self._calls = calls
         self._lock = threading.Lock()  # guards the two below; held for moments only
         self._connections: set[_Connection] = set()
         self._closing = threading.Event()
@@ -166,8 +176,11 @@ class DataPlane:
     def _serve(self, connection: _Connection) -> None:
         """A connection's thread, from handshake to close."""
         try:
-            session = self._handshake(connection)
+            session, purpose = self._handshake(connection)
             if session is None:
+                return
+            if purpose == Purpose.CALLS:
+                self._calls(session, self._hand_on(connection))
                 return
             answerer = Answerer(connection.stream, session, self._segments, self._authority, self._observer)
             while not self._closing.is_set():
@@ -186,17 +199,23 @@ class DataPlane:
             self._connections.discard(connection)
             connection.stream.close()  # under the lock: nobody interrupts a descriptor that serves somebody else
 
-    def _handshake(self, connection: _Connection) -> SessionId | None:
+    def _hand_on(self, connection: _Connection) -> socket.socket:
+        with self._lock:  # nobody interrupts a descriptor that serves somebody else
+            self._connections.discard(connection)
+            return connection.stream.release()
+
+    def _handshake(self, connection: _Connection) -> tuple[SessionId | None, int]:
+        """Who is let in, if anybody is, and what for."""
         hello = connection.stream.receive(HELLO.size, time.monotonic() + HANDSHAKE_TIMEOUT_S)
-        magic, version, _, token = HELLO.unpack(hello)
-        if magic != MAGIC:
-            return None
+        magic, version, purpose, token = HELLO.unpack(hello)
+        if magic != MAGIC or purpose not in set(Purpose):
+            return None, purpose
         status = HelloStatus.OK if version == VERSION else HelloStatus.BAD_VERSION
         session = self._authority.admit(token) if status == HelloStatus.OK else None
         if status == HelloStatus.OK:
             status = HelloStatus.UNKNOWN_SESSION if session is None else self._tie(connection, session)
         _answer_hello(connection.stream, status)
-        return session if status == HelloStatus.OK else None
+        return session if status == HelloStatus.OK else None, purpose
 
     def _tie(self, connection: _Connection, session: SessionId) -> HelloStatus:
         with self._lock:

@@ -1,8 +1,9 @@
-"""Calls of the local plane: Lookup, Reserve, Commit, Abort, Release and Renew as struct frames over a Unix socket.
+"""Calls of an engine: Lookup, Reserve, Commit, Abort, Release and Renew as struct frames over a stream socket.
 
-A gRPC call costs several times as much in Python, whatever it carries (docs/adr/0017). The channel, a stream
-socket, comes with the lifeline (``kvd/wire/lifeline.py``), whose version is the version of these frames too. Who has it
-asks in the name of that lifeline's session, and nothing else has to be shown. Everything means what it means in
+A gRPC call costs several times as much in Python, whatever it carries (docs/adr/0017). On the daemon's node the channel
+comes with the lifeline (``kvd/wire/lifeline.py``); from elsewhere it is a TCP connection of the data plane that has
+shown the session's token (``kvd/wire/frames.py``). The version of either is the version of these frames too. Who has
+the channel asks in the name of its session, and nothing else has to be shown. Everything means what it means in
 ``kvd.proto``; all numbers are little-endian::
 
     client                                                       daemon
@@ -49,7 +50,7 @@ from collections.abc import Sequence
 from enum import IntEnum, unique
 from typing import NamedTuple
 
-from kvd.wire.chunks import ROOT, Location, Stripe
+from kvd.wire.chunks import ROOT, Location, Stripe, locations
 from kvd.wire.errors import BY_REASON, KvdError
 from kvd.wire.identity import KEY_BYTES, NAMESPACE_ID_BYTES
 
@@ -328,9 +329,9 @@ def unpack_answer(frame: bytes | bytearray) -> tuple[int, Op, memoryview | KvdEr
     return request_id, op, _ERRORS.get(code, KvdError)(str(body, "utf-8", "replace"))
 
 
-def pack_found(locations: Sequence[Location], promoting: int, writing: int) -> bytes:
+def pack_found(slots: Sequence[Location], promoting: int, writing: int) -> bytes:
     """The body of the answer to LOOKUP."""
-    return FOUND.pack(len(locations), promoting, writing) + _pack_slots(locations)
+    return FOUND.pack(len(slots), promoting, writing) + _pack_slots(slots)
 
 
 def unpack_found(body: memoryview) -> tuple[list[Location], int, int]:
@@ -387,11 +388,11 @@ def _count(body: memoryview) -> tuple[int, memoryview]:
     return COUNT.unpack_from(body)[0], body[COUNT.size :]
 
 
-def _pack_slots(locations: Sequence[Location]) -> bytes:
-    if not locations:
+def _pack_slots(slots: Sequence[Location]) -> bytes:
+    if not slots:
         return b""
-    count = len(locations)
-    segments, offsets, generations = zip(*locations, strict=True)
+    count = len(slots)
+    segments, offsets, generations = zip(*slots, strict=True)
     return struct.pack(f"<{count}I{2 * count}Q", *segments, *offsets, *generations)
 
 
@@ -399,5 +400,4 @@ def _unpack_slots(rest: memoryview, count: int) -> list[Location]:
     if len(rest) != count * _SLOT_BYTES:
         raise BadFrame(f"{count} slots in {len(rest)} bytes")
     numbers = struct.unpack(f"<{count}I{2 * count}Q", rest)
-    columns = zip(numbers[:count], numbers[count : 2 * count], numbers[2 * count :], strict=True)
-    return list(map(Location._make, columns))
+    return locations(numbers[:count], numbers[count : 2 * count], numbers[2 * count :])

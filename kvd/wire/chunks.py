@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
-from typing import NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple
+
+#: Makes named tuples of plain ones, given the type: without the call of a Python function for each.
+_named: Any = tuple.__new__
 
 #: Parent of the first chunk of a prefix.
 ROOT = b""
@@ -34,6 +39,11 @@ class Location(NamedTuple):
     segment: int
     offset: int
     generation: int
+
+
+def locations(segments: Iterable[int], offsets: Iterable[int], generations: Iterable[int]) -> list[Location]:
+    """The slots in columns; there are often thousands. ValueError when the columns are not equally long."""
+    return list(map(_named, repeat(Location), zip(segments, offsets, generations, strict=True)))
 
 
 class Stripe(NamedTuple):

@@ -4,7 +4,7 @@ A connection begins with a handshake, then the client sends requests and reads t
 order; it may send the next request before the answer to the last has come::
 
     client                                   daemon
-    HELLO  magic, version, session token ->
+    HELLO  magic, version, purpose, session token ->
                                           <- HELLO_REPLY  magic, version, status
     REQUEST op=READ,  items              ->
                                           <- REPLY; all statuses; per item that is OK: payload, checksum
@@ -16,18 +16,21 @@ decides whether it may be touched: a read needs a live read lease on the slot, a
 an item is its runs one after the other; the checksum is XXH3-64 of the payload (https://xxhash.com), 8 bytes.
 A daemon that refuses an item of a WRITE still takes its payload off the wire, so the stream stays in step. Once the
 first byte of payload has come, the rest of the request or answer follows without waiting for the other side.
+
+A connection whose purpose is CALLS carries none of this after the handshake: it is the session's call channel
+(``kvd/wire/calls.py``).
 """
 
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import NamedTuple
 
 from kvd.wire.spans import Span
 
 MAGIC = b"KVDD"
-VERSION = 2
+VERSION = 3
 TOKEN_BYTES = 16
 
 #: Most items in one request. A longer request is a protocol error: the daemon closes the connection.
@@ -38,7 +41,7 @@ MAX_REQUEST_BYTES = 1 << 30
 #: can make the daemon build.
 MAX_RUNS = 1 << 16
 
-HELLO = struct.Struct("<4sHH16s")  # magic, version, reserved, session token
+HELLO = struct.Struct("<4sHH16s")  # magic, version, Purpose, session token
 HELLO_REPLY = struct.Struct("<4sHH")  # magic, version, HelloStatus
 REQUEST = struct.Struct("<BBHIQ")  # op, flags, reserved, number of items, lease id
 ITEM = struct.Struct("<IIQQQQQI4x")  # segment, reserved, slot offset, generation, span offset, run, stride, count
@@ -47,11 +50,20 @@ ITEM_STATUS = struct.Struct("<I")
 CHECKSUM = struct.Struct("<Q")
 
 
+@unique
+class Purpose(IntEnum):
+    """What a connection is for."""
+
+    DATA = 0
+    CALLS = 1
+
+
+@unique
 class HelloStatus(IntEnum):
     """Answer to the handshake of a data connection."""
 
     OK = 0
-    BAD_VERSION = 2
+    BAD_VERSION = 1
     UNKNOWN_SESSION = 2
     TOO_MANY = 3
 

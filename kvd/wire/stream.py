@@ -18,11 +18,16 @@ import xxhash
 from kvd.wire.frames import CHECKSUM
 from kvd.wire.spans import Span
 
-#: Bytes moved by one call: small enough to stay in the cache between the copy and the checksum.
-PIECE_BYTES = 2 << 20
-#: A receiver sleeps until so much has come, when the peer is bound to send so much. Less than a piece, so that the
+#: Bytes moved by one call: few enough to stay in the cache between the copy and the checksum, and for both sides to
+#: work at the same time; many enough that threads do not spend their time in handing each other the interpreter.
+PIECE_BYTES = 1 << 20
+#: A receiver sleeps until so much has come, when the peer is bound to send so much. Not more than a piece, so that the
 #: copying begins before the kernel's buffer is full and the peer has to wait.
 WAKE_BYTES = 1 << 20
+#: What may be under way to a peer on this machine, as it is asked for: the kernel counts its own needs and doubles it.
+#: All of it passes through the caches of both sides, and out of them if it is more. Between machines the kernel finds
+#: out what the way holds.
+LOCAL_BUFFER_BYTES = 256 << 10
 #: Most buffers in one call; the kernel takes at most 1024.
 MAX_VECTORS = 512
 
@@ -40,6 +45,13 @@ class Payload(NamedTuple):
     memory: memoryview | None
     span: Span
     checksum: int | None = None
+
+
+class Arrival(NamedTuple):
+    """A payload of which all has come. ``checksum``: its XXH3-64 as it was computed, None where none was sent."""
+
+    intact: bool
+    checksum: int | None
 
 
 class _Place(NamedTuple):
@@ -63,6 +75,8 @@ class Stream:
         self._timeouts_s = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.getpeername()[0] == connection.getsockname()[0]:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_BUFFER_BYTES)
         # A peer whose machine is gone never closes: find out within about a minute.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
@@ -89,11 +103,15 @@ class Stream:
 
     def send_payloads(
         self, head: bytes | bytearray, payloads: Sequence[Payload], deadline: float, *, checked: bool
-    ) -> None:
-        """Sends ``head``, then the payloads, all with memory, each followed by its XXH3-64 when ``checked``."""
+    ) -> list[int]:
+        """Sends ``head``, then the payloads, all with memory, each followed by its XXH3-64 when ``checked``.
+
+        Returns what has been told as checksums.
+        """
         trailers = _trailers(len(payloads) if checked else 0)
         checksum = xxhash.xxh3_64()
         known = (payload.checksum for payload in payloads)
+        sent: list[int] = []
         first = [memoryview(head)]
         for places in _batches(payloads, trailers):
             for view, hashed, last in places:
@@ -101,14 +119,16 @@ class Stream:
                     checksum.update(view)
                 elif checked and last:
                     told = next(known)
-                    CHECKSUM.pack_into(view, 0, checksum.intdigest() if told is None else told)
+                    sent.append(checksum.intdigest() if told is None else told)
+                    CHECKSUM.pack_into(view, 0, sent[-1])
                     checksum.reset()
             self.send(first + [place.view for place in places], deadline)
             first = []
         self.send(first, deadline)  # nobody had a payload
+        return sent
 
-    def receive_payloads(self, payloads: Sequence[Payload], deadline: float, *, checked: bool) -> Iterator[bool]:
-        """Receives what ``send_payloads`` sends. For each payload, as soon as all of it has come: whether it is intact.
+    def receive_payloads(self, payloads: Sequence[Payload], deadline: float, *, checked: bool) -> Iterator[Arrival]:
+        """Receives what ``send_payloads`` sends, and answers for each payload as soon as all of it has come.
 
         The answer for one without memory means nothing. The stream is out of step until the iterator is exhausted.
         """
@@ -129,8 +149,11 @@ class Stream:
                         break
                     count -= len(view)
                     if last:
-                        sent = CHECKSUM.unpack_from(trailers, number * CHECKSUM.size) if checked else None
-                        yield sent is None or sent == (checksum.intdigest(),)
+                        if checked:
+                            found = checksum.intdigest()
+                            yield Arrival(CHECKSUM.unpack_from(trailers, number * CHECKSUM.size) == (found,), found)
+                        else:
+                            yield Arrival(True, None)
                         checksum.reset()
                         number += 1
                 else:
@@ -145,6 +168,10 @@ class Stream:
         except OSError:
             return True
         return True
+
+    def release(self) -> socket.socket:
+        """The socket, for somebody else to use and to close. Of this stream only ``close`` may be called then."""
+        return socket.socket(fileno=self._socket.detach())
 
     def interrupt(self) -> None:
         """Ends the connection from another thread: whatever waits on it wakes and fails. The descriptor stays."""

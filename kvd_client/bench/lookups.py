@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Literal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import grpc
 
 from kvd.wire.chunks import ROOT
 from kvd.wire.endpoints import parse_endpoint
 from kvd.wire.identity import Identity
+from kvd.wire.pb import kvd_pb2 as pb
+from kvd.wire.pb import kvd_pb2_grpc
+from kvd.wire.version import PROTOCOL_MAX, PROTOCOL_MIN
 from kvd_client.bench.daemon import BenchDaemon
 from kvd_client.bench.figures import MIB, Figure, beside, interleave, percentile, single, timed
 from kvd_client.bench.parts import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, chain
+from kvd_client.calls import TOKEN_METADATA
 from kvd_client.client import Client
 from kvd_client.messages import NamespaceHandle
 
@@ -35,12 +40,13 @@ _Round = Callable[[], list[float]]
 
 
 def bench_lookup(transport: Literal["unix", "tcp"], rounds: int) -> list[Figure]:
-    """Lookup with lease, and the start of its release, against an empty gRPC call of the same transport: p50 and p99 of
-    every call in every round."""
+    """Lookup with lease, and the start of its release, as the client asks it and over gRPC, against an empty gRPC call
+    of the same transport: p50 and p99 of every call in every round."""
     with (
         BenchDaemon(64 * MIB) as daemon,
         Client(_endpoint(daemon, transport), timeout_s=CALL_TIMEOUT_S) as client,
         EmptyCalls(_endpoint(daemon, transport)) as empty,
+        GrpcLookups(daemon.tcp_endpoint) as over_grpc,
     ):
         client.connect(CONNECT_TIMEOUT_S)
         namespace = client.namespace(Identity("bench", "lookup"), CHUNK_BYTES)
@@ -48,6 +54,9 @@ def bench_lookup(transport: Literal["unix", "tcp"], rounds: int) -> list[Figure]
         fill(client, namespace, keys)
         parts = {f"lookup of {count}, {transport}": finds(client, namespace, keys[:count]) for count in KEYS}
         parts[f"lookup of {USUAL_KEYS}, none found, {transport}"] = finds(client, namespace, chain(USUAL_KEYS), found=0)
+        if transport == "tcp":  # a session on the Unix socket comes with a lifeline, and never asks over gRPC
+            rounds_of = over_grpc.rounds(namespace)
+            parts |= {f"lookup of {count}, gRPC over tcp": rounds_of(keys[:count]) for count in KEYS}
         return latencies(parts, f"empty gRPC call, {transport}", empty, rounds)
 
 
@@ -75,6 +84,57 @@ def bench_held(most: int, rounds: int) -> list[Figure]:
             per_chunk = (daemon.rss_bytes() - before) / held
             figures.append(single(f"memory per chunk, {count} held", "B", [per_chunk]))
     return figures
+
+
+class GrpcLookups:
+    """Lookup and Release as messages over gRPC, as clients ask that are not kvd's own, in a session of their own."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._channel = grpc.insecure_channel(parse_endpoint(endpoint).grpc_target)
+        self._stub: Any = kvd_pb2_grpc.KvdStub(self._channel)  # type: ignore[no-untyped-call]
+        self._over = threading.Event()
+        self._lease_ids = itertools.count(1)
+        self._session = self._stub.Session(self._notes())  # ends with the last reference to it
+        self._metadata = ((TOKEN_METADATA, next(self._session).welcome.session_token),)
+
+    def rounds(self, namespace: NamespaceHandle) -> Callable[[list[bytes]], _Round]:
+        """What makes a round of lookups of keys that are all there."""
+        namespace_id = self._call(self._stub.OpenNamespace, namespace.request()).namespace_id
+
+        def round_of(keys: list[bytes]) -> _Round:
+            def find() -> None:
+                lease_id = next(self._lease_ids)
+                request = pb.LookupRequest(namespace_id=namespace_id, lease_id=lease_id, keys=keys)
+                answer = self._call(self._stub.Lookup, request)
+                found = list(zip(answer.offsets, answer.generations, strict=True))
+                if len(found) != len(keys):
+                    raise RuntimeError(f"{len(found)} of {len(keys)} chunks found")
+
+            def run() -> list[float]:
+                taken, first = [], next(self._lease_ids)
+                for _ in range(CALLS):
+                    taken.append(timed(find) * 1e6)
+                self._call(self._stub.Release, pb.ReleaseRequest(lease_ids=range(first, next(self._lease_ids))))
+                return taken
+
+            return run
+
+        return round_of
+
+    def _notes(self) -> Iterator[pb.ClientNote]:
+        yield pb.ClientNote(hello=pb.Hello(protocol_min=PROTOCOL_MIN, protocol_max=PROTOCOL_MAX, client_name="bench"))
+        while not self._over.wait(1.0):
+            yield pb.ClientNote(heartbeat=pb.Heartbeat())
+
+    def _call(self, method: Any, request: object) -> Any:
+        return method(request, timeout=CALL_TIMEOUT_S, metadata=self._metadata)
+
+    def __enter__(self) -> GrpcLookups:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._channel.close()
 
 
 class EmptyCalls:

@@ -17,7 +17,17 @@ from tests.daemon import clean_environment
 
 #: The rooms of ``kvd``, lowest floor first. A new room is entered here, on the lowest floor where it can stand.
 FLOORS = (
-    {"kvd.wire", "kvd.types", "kvd.config", "kvd.values", "kvd.metrics", "kvd.lock", "kvd.failpoints", "kvd.names"},
+    {
+        "kvd.wire",
+        "kvd.types",
+        "kvd.config",
+        "kvd.values",
+        "kvd.metrics",
+        "kvd.lock",
+        "kvd.failpoints",
+        "kvd.names",
+        "kvd.workers",
+    },
     {"kvd.ledger", "kvd.memory", "kvd.spill"},
     {"kvd.recovery", "kvd.store"},
     {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -29,24 +29,6 @@ from tests.wait import wait_until
 
 KEYS = [bytes([number]) * 32 for number in range(1, 3)]
 TIMEOUT_S = 0.3
-
-
-@pytest.fixture(scope="module")
-def one_daemon() -> Iterator[Daemon]:
-    with Daemon(pool="32MiB", quarantine=0.1) as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def daemon(one_daemon: Daemon) -> Iterator[Daemon]:
-    """A daemon that runs, knows nobody, and is found in order afterwards, whatever was done to it."""
-    yield one_daemon
-    if one_daemon.exit_code is not None:
-        one_daemon.start()
-    one_daemon.resume()
-    wait_until(lambda: not one_daemon.stats().sessions, 20, "every session to be gone")
-    wait_for_no_writes(one_daemon)
-    assert one_daemon.audit() == []
 
 
 def channel_of(client: Client) -> CallChannel:

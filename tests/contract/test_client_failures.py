@@ -23,7 +23,6 @@ from kvd_client import (
 )
 from tests.contract.clients import (
     CHUNK_BYTES,
-    WAYS,
     buffers,
     chained,
     client_of,
@@ -39,30 +38,6 @@ from tests.wait import wait_until
 TIMEOUT_S = 0.3
 #: A call may take so many times its deadline on a busy machine. A call without a deadline would take for ever.
 SLACK = 10
-
-
-@pytest.fixture(scope="module")
-def one_daemon() -> Iterator[Daemon]:
-    with Daemon(pool="32MiB", quarantine=0.1) as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def daemon(one_daemon: Daemon) -> Iterator[Daemon]:
-    """A daemon that runs, knows nobody, and is found in order afterwards, whatever was done to it."""
-    yield one_daemon
-    if one_daemon.exit_code is not None:
-        one_daemon.start()
-    one_daemon.resume()
-    wait_for_no_writes(one_daemon)
-    wait_until(lambda: not one_daemon.stats().sessions, 20, "every session to be gone")
-    assert one_daemon.audit() == []
-
-
-@pytest.fixture(params=WAYS)
-def client(daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[Client]:
-    with client_of(daemon, request.param) as client:
-        yield client
 
 
 def within_deadline(call: Callable[[], Any]) -> Any:
@@ -158,14 +133,22 @@ def test_a_transfer_keeps_its_deadline_while_the_daemon_hangs(daemon: Daemon, wa
 
 @pytest.fixture
 def answers(daemon: Daemon) -> Iterator[Proxy]:
-    """A way to the daemon's calls on which answers can be held up while requests arrive."""
-    host, port = daemon.tcp_endpoint.removeprefix("tcp://").rsplit(":", 1)
-    with Proxy((host, int(port))) as proxy:
+    """A way to the daemon's calls and data on which answers can be held up while requests arrive."""
+    control, data = (each.rsplit(":", 1)[1] for each in (daemon.tcp_endpoint, daemon.data_endpoint))
+    with (
+        Proxy(("127.0.0.1", int(control)), listen=("127.0.0.2", int(control))),
+        Proxy(("127.0.0.1", int(data)), listen=("127.0.0.2", int(data))) as proxy,
+    ):
         yield proxy
 
 
+def behind(daemon: Daemon, answers: Proxy) -> Client:
+    """A client that reaches the daemon through the proxy."""
+    return Client(daemon.tcp_endpoint.replace("127.0.0.1", answers.host), timeout_s=10)
+
+
 def test_what_a_lost_answer_has_reserved_is_given_back(daemon: Daemon, answers: Proxy) -> None:
-    with Client(f"tcp://127.0.0.1:{answers.port}", timeout_s=10) as client:
+    with behind(daemon, answers) as client:
         client.connect(20)
         namespace, keys = namespace_of(client), prefix(3)
         client.load(namespace, keys, buffers(3))
@@ -180,7 +163,7 @@ def test_what_a_lost_answer_has_reserved_is_given_back(daemon: Daemon, answers: 
 
 
 def test_what_a_lost_answer_has_leased_is_released(daemon: Daemon, answers: Proxy) -> None:
-    with Client(f"tcp://127.0.0.1:{answers.port}", timeout_s=10) as client:
+    with behind(daemon, answers) as client:
         client.connect(20)
         namespace, keys = namespace_of(client), prefix(3)
         assert client.store(namespace, chained(keys), payloads(3)) == [StoreOutcome.STORED] * 3
@@ -193,7 +176,7 @@ def test_what_a_lost_answer_has_leased_is_released(daemon: Daemon, answers: Prox
 
 
 def test_a_store_whose_commit_has_no_answer_is_not_called_stored(daemon: Daemon, answers: Proxy) -> None:
-    with Client(f"tcp://127.0.0.1:{answers.port}", timeout_s=10) as client:
+    with behind(daemon, answers) as client:
         client.connect(20)
         namespace, keys, data = namespace_of(client), prefix(1), payloads(1)
         with client.reserve(namespace, chained(keys)) as lease:

@@ -34,8 +34,12 @@ class Model:
         return ChunkLayout(pages, self.heads, self.chunk_blocks)
 
 
+#: No chunk of ``models`` is larger.
+LARGEST = Model(heads=4, sub_blocks=2, tokens=16, widths=(64,) * 5, element_bytes=4, chunk_blocks=4)
+
+
 def models() -> st.SearchStrategy[Model]:
-    """Small models of all kinds; one head is MLA."""
+    """Small models of all kinds, none larger than LARGEST; one head is MLA."""
     width = st.sampled_from([1, 3, 4, 8, 20, 64])
     widths = st.one_of(
         st.tuples(width, st.integers(1, 5)).map(lambda of: (of[0],) * of[1]),

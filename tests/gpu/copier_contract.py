@@ -13,11 +13,24 @@ from hypothesis import strategies as st
 from kvd.wire.spans import Span
 from kvd_client.copier import Copier, Form
 from kvd_client.layout import ChunkLayout, Shard
-from tests.gpu.caches import PHYSICAL, Model, make_caches, models, naive_chunk, read_page, shardings, write_page
+from tests.gpu.caches import (
+    LARGEST,
+    PHYSICAL,
+    Model,
+    make_caches,
+    models,
+    naive_chunk,
+    read_page,
+    shardings,
+    write_page,
+)
 
 Make = Callable[[Mapping[str, torch.Tensor], ChunkLayout, Shard], Copier]
 
 BLOCKS = 9
+#: Chunks of one transfer, and the staging memory in which a store of so many has room whatever the model.
+MOST_CHUNKS = 3
+STAGING_BYTES = MOST_CHUNKS * LARGEST.layout.chunk_bytes
 
 
 def soon() -> float:
@@ -51,7 +64,7 @@ def check_what_one_sharding_wrote_another_reads(make: Make, data: st.DataObject,
     """Pages stored by any sharding and physical layout make the chunk of the naive loop, and load into any other."""
     model = data.draw(models(), label="model")
     layout = model.layout
-    count = data.draw(st.integers(1, 3), label="chunks")
+    count = data.draw(st.integers(1, MOST_CHUNKS), label="chunks")
     shuffled = st.permutations(range(BLOCKS * 2)).map(lambda ids: list(ids))
     blocks_of = [data.draw(shuffled) for _ in range(2)]
     chunks_of = [
@@ -130,6 +143,22 @@ def check_deadline_that_has_passed_ends_a_load(make: Make, device: str = "cpu") 
     assert not copier.load([[0, 1]], [memory], Form.SLOT, time.monotonic() - 1)
     assert copier.load([[0, 1]], [memory], Form.SLOT, soon())
     assert naive_chunk(MODEL, caches, [0, 1]) == bytes(memory[: copier.chunk_bytes])
+    copier.close()
+
+
+def check_the_most_and_largest_chunks_of_these_checks_have_room(make: Make, device: str = "cpu") -> None:
+    """The largest transfer that the check of shardings may draw, which it draws once in many thousand examples."""
+    copier, caches = one_rank(make, LARGEST, device)
+    chunks = [[i, i + 2, i + 1, i + 3] for i in range(MOST_CHUNKS)]
+    before = [naive_chunk(LARGEST, caches, blocks) for blocks in chunks]
+    slots = [slot(copier.chunk_bytes) for _ in chunks]
+    pending = copier.start_store(chunks, slots, Form.SLOT)
+    assert pending is not None and pending.wait(soon())
+    assert [bytes(memory[: copier.chunk_bytes]) for memory in slots] == before
+    for cache in caches:
+        cache.zero_()
+    assert copier.load(chunks, slots, Form.SLOT, soon(), copier.mark())
+    assert naive_chunk(LARGEST, caches, chunks[-1]) == before[-1]
     copier.close()
 
 

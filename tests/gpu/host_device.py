@@ -59,6 +59,7 @@ class HostDevice:
     """Implements ``kvd_client.cuda.Device``. ``engine`` is the engine's stream; ``refuse`` makes copies fail."""
 
     def __init__(self) -> None:
+        twin.library()
         self.engine = LateStream(eager=True)
         self.streams: list[LateStream] = []
         self.copies: list[int] = []

@@ -32,13 +32,17 @@ LARGE = Model(heads=8, sub_blocks=1, tokens=16, widths=(256,) * 8, element_bytes
 
 def make(caches: Mapping[str, torch.Tensor], layout: ChunkLayout, shard: Shard) -> Copier:
     """Small pieces, so that transfers are cut in many ways."""
-    return CupyCopier(caches, layout, shard, piece_bytes=700, max_inflight_bytes=1 << 20)
+    return CupyCopier(caches, layout, shard, piece_bytes=700, max_inflight_bytes=contract.STAGING_BYTES)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_what_one_sharding_and_layout_wrote_any_other_reads(data: st.DataObject) -> None:
     contract.check_what_one_sharding_wrote_another_reads(make, data, "cuda")
+
+
+def test_the_most_and_largest_chunks_have_room() -> None:
+    contract.check_the_most_and_largest_chunks_of_these_checks_have_room(make, "cuda")
 
 
 def test_a_load_whose_deadline_has_passed_says_so() -> None:

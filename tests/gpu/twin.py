@@ -35,7 +35,8 @@ extern "C" void %(name)s_looped(unsigned blocks, unsigned threads,
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The library, built once in a process: that takes seconds, so it is asked for before any deadline is set."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ here to build the kernels for the host")
@@ -49,5 +50,5 @@ def _library() -> ctypes.CDLL:
 
 def run(kernel: str, blocks: int, args: Sequence[int], threads: int = THREADS) -> None:
     """Runs ``kernel`` with ``blocks`` thread blocks to its end."""
-    function = getattr(_library(), f"{kernel}_looped")
+    function = getattr(library(), f"{kernel}_looped")
     function(ctypes.c_uint(blocks), ctypes.c_uint(threads), *(ctypes.c_longlong(arg) for arg in args))

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvd.transport.tcp import DataPlane
@@ -39,6 +39,7 @@ class Books:
         self.known: dict[int, int] = {}  # checksums by offset
         self.open: set[int] = set()
         self.ended: list[tuple[int, set[int]]] = []
+        self.told: dict[int, int] = {}  # checksums by item, of the transfer that ended last
         self.closed = False
 
     def admit(self, token: bytes) -> int | None:
@@ -54,8 +55,9 @@ class Books:
         known = tuple(self.known.get(item.offset) for item in items)
         return Ticket(ticket, known), [ItemStatus.GONE if item.offset in self.gone else ItemStatus.OK for item in items]
 
-    def end_io(self, ticket: Ticket, failed: Collection[int]) -> None:
+    def end_io(self, ticket: Ticket, failed: Collection[int], checksums: Mapping[int, int]) -> None:
         with self.lock:
+            self.told = dict(checksums)
             self.open.remove(ticket.id)
             self.ended.append((ticket.id, set(failed)))
 

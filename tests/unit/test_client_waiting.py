@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,9 +13,13 @@ from typing import Any
 import grpc
 import pytest
 
+from kvd.wire import calls as wire
+from kvd.wire import frames
+from kvd.wire.chunks import Location
+from kvd.wire.errors import Draining
 from kvd.wire.pb import kvd_pb2 as pb
 from kvd.wire.pb import kvd_pb2_grpc
-from kvd_client import Client, Identity, NamespaceHandle, Unavailable
+from kvd_client import Client, Identity, NamespaceHandle
 from tests.wait import wait_until
 
 KEYS = [bytes([i]) * 32 for i in range(8)]
@@ -24,10 +30,13 @@ class Scripted(kvd_pb2_grpc.KvdServicer):
 
     def __init__(self) -> None:
         self.answers = [(0, 0)]
-        self.asked: list[pb.LookupRequest] = []
+        self.asked: list[wire.Lookup] = []
         self.released: list[int] = []
         self.gone = False  # for those who ask again
         self.over = threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
 
     def Session(self, notes: Iterator[pb.ClientNote], context: grpc.ServicerContext) -> Iterator[pb.ServerNote]:
         next(notes)
@@ -40,6 +49,7 @@ class Scripted(kvd_pb2_grpc.KvdServicer):
                 read_lease_ms=30000,
                 max_chunks_per_request=4096,
                 max_chunk_bytes=1 << 20,
+                data_port=self.listener.getsockname()[1],
             )
         )
         self.over.wait(60)
@@ -47,25 +57,42 @@ class Scripted(kvd_pb2_grpc.KvdServicer):
     def OpenNamespace(self, request: pb.OpenNamespaceRequest, context: Any) -> pb.OpenNamespaceResponse:
         return pb.OpenNamespaceResponse(namespace_id=bytes(32))
 
-    def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewResponse:
-        return pb.RenewResponse()
+    def serve(self) -> None:
+        """Answers calls until the client has gone."""
+        connection, _ = self.listener.accept()
+        with connection, connection.makefile("rb") as received:
+            assert frames.HELLO.unpack(received.read(frames.HELLO.size))[2] == frames.Purpose.CALLS
+            connection.sendall(frames.HELLO_REPLY.pack(frames.MAGIC, frames.VERSION, frames.HelloStatus.OK))
+            while length := received.read(wire.LENGTH.size):
+                head, request = wire.unpack_request(length + received.read(wire.frame_length(length) - len(length)))
+                connection.sendall(self.answer(head, request))
 
-    def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupResponse:
-        if self.gone and request.again:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
-        self.asked.append(request)
-        held, promoting = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        offsets = [4096 * i for i in range(max(0, held - request.skip))]
-        return pb.LookupResponse(offsets=offsets, generations=[1] * len(offsets), promoting=promoting)
-
-    def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.ReleaseResponse:
-        self.released += request.lease_ids
-        return pb.ReleaseResponse(released=len(request.lease_ids))
+    def answer(self, head: wire.Head, request: wire.Request) -> bytes:
+        body = b""
+        match request:
+            case wire.Renew():
+                body = wire.pack_bytes([])
+            case wire.Release(lease_ids):
+                self.released += lease_ids
+                body = wire.pack_count(len(lease_ids))
+            case wire.Lookup():
+                if self.gone and request.again:
+                    return wire.pack_failure(head.op, head.request_id, Draining("gone"))
+                self.asked.append(request)
+                held, promoting = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+                places = [Location(0, 4096 * i, 1) for i in range(max(0, held - request.skip))]
+                body = wire.pack_found(places, promoting, 0)
+        return wire.pack_answer(head.op, head.request_id, body)
 
 
 @pytest.fixture
-def daemon() -> Scripted:
-    return Scripted()
+def daemon() -> Iterator[Scripted]:
+    daemon = Scripted()
+    yield daemon
+    with contextlib.suppress(OSError):
+        daemon.listener.shutdown(socket.SHUT_RDWR)
+    daemon.listener.close()
+    daemon.thread.join(10)
 
 
 @pytest.fixture
@@ -125,6 +152,6 @@ def test_a_daemon_that_goes_away_during_a_wait_is_an_error_and_leaves_no_lease(
     client: Client, daemon: Scripted, namespace: NamespaceHandle
 ) -> None:
     daemon.answers, daemon.gone = [(2, 6)], True
-    with pytest.raises(Unavailable, match="gone"):
+    with pytest.raises(Draining, match="gone"):
         client.lookup(namespace, KEYS, wait_s=30)
     wait_until(lambda: daemon.asked[0].lease_id in daemon.released, 20, "the lease to be released")

@@ -29,7 +29,9 @@ def make(kind: str) -> contract.Make:
         return make_copier
 
     def cupy(caches: Mapping[str, torch.Tensor], layout: ChunkLayout, shard: Shard) -> Copier:
-        return CupyCopier(caches, layout, shard, piece_bytes=700, max_inflight_bytes=1 << 20, device=HostDevice())
+        return CupyCopier(
+            caches, layout, shard, piece_bytes=700, max_inflight_bytes=contract.STAGING_BYTES, device=HostDevice()
+        )
 
     return cupy
 
@@ -39,6 +41,11 @@ def make(kind: str) -> contract.Make:
 @given(data=st.data())
 def test_what_one_sharding_and_layout_wrote_any_other_reads(kind: str, data: st.DataObject) -> None:
     contract.check_what_one_sharding_wrote_another_reads(make(kind), data)
+
+
+@pytest.mark.parametrize("kind", IMPLEMENTATIONS)
+def test_the_most_and_largest_chunks_have_room(kind: str) -> None:
+    contract.check_the_most_and_largest_chunks_of_these_checks_have_room(make(kind))
 
 
 @pytest.mark.parametrize("kind", IMPLEMENTATIONS)

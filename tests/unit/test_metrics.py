@@ -29,6 +29,8 @@ def page(*drives: DriveFigures, counters: dict[str, int] | None = None, **more: 
         draining=False,
         counters=asdict(Counters()) | (counters or {}),
         **{
+            "node_bytes": {},
+            "node_used": {},
             "recovery": Recovery(warm=False, reason=""),
             "unverified_chunks": 0,
             "tenant_pinned": {},
@@ -81,6 +83,13 @@ def test_a_start_shows_what_it_took_over() -> None:
     assert found['kvd_recovery_skipped_slots{reason="half-written"}'] == 4
     assert found["kvd_recovery_seconds"] == 0.25
     assert found["kvd_unverified_chunks"] == 12
+
+
+def test_each_of_several_memory_nodes_shows_what_lies_on_it_and_what_of_it_is_in_use() -> None:
+    found = page(node_bytes={"0": 6, "2": 4}, node_used={"0": 5, "2": 1})
+    assert [found[f'kvd_pool_node_bytes{{node="{node}"}}'] for node in (0, 2)] == [6, 4]
+    assert [found[f'kvd_pool_node_used_bytes{{node="{node}"}}'] for node in (0, 2)] == [5, 1]
+    assert not any("kvd_pool_node" in name for name in page())
 
 
 def test_shares_and_pins_are_shown_beside_what_is_held() -> None:

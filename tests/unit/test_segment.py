@@ -166,7 +166,7 @@ def test_huge_pages_are_reported_by_what_was_really_given() -> None:
 def test_huge_pages_that_were_asked_for_and_not_given_are_counted_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backing, "free_huge_pages", lambda: (0, 2 * MIB))
     monkeypatch.setattr(backing, "shmem_huge_policy", lambda: "advise")
-    monkeypatch.setattr(module, "_huge_bytes_mapped", lambda address: 0)
+    monkeypatch.setattr(module, "_huge_bytes_mapped", lambda address, size: 0)
     segment = make(4 * MIB, huge_pages=True)
     assert "huge pages asked for" in segment.describe()
     segment.populate()

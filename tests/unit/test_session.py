@@ -27,7 +27,7 @@ class FakeStore:
         self.told: list[tuple[str, int]] = []
         self.tickets = 0
 
-    def open_session(self, session: int, tenant: str) -> None:
+    def open_session(self, session: int, tenant: str, node: int | None) -> None:
         self.told.append(("open", session))
 
     def close_session(self, session: int) -> None:
@@ -40,7 +40,7 @@ class FakeStore:
         self.tickets += 1
         return IoTicket(self.tickets, session), [ItemStatus.OK for _ in items]
 
-    def end_io(self, ticket: IoTicket, failed: Any = ()) -> None:
+    def end_io(self, ticket: IoTicket, failed: Any = (), checksums: Any = ()) -> None:
         self.told.append(("io", len(failed)))
 
 
@@ -264,7 +264,7 @@ def test_a_transfer_is_counted_from_begin_to_end(house: House) -> None:
         ticket, statuses = asked.begin_io(found.id, Op.WRITE, 1, [])
         assert statuses == []
         assert found.io_in_flight == 1
-        asked.end_io(ticket, [0])
+        asked.end_io(ticket, [0], {})
         assert found.io_in_flight == 0
 
     in_threads(house, work)
@@ -323,7 +323,7 @@ def test_the_end_of_a_transfer_is_never_lost_however_late_the_loop_is(
 
         def work() -> None:
             with pytest.raises(LimitReached):
-                asked.end_io(IoTicket(1, found.id), [])
+                asked.end_io(IoTicket(1, found.id), [], {})
 
         thread = threading.Thread(target=work)
         thread.start()

@@ -121,7 +121,7 @@ def test_sessions_of_one_process_share_the_mapping_and_each_has_its_own_hold(tmp
     first.close()
     assert not daemon.pool.holders.gone(8) and second.alive
     second.close()
-    assert daemon.pool.holders.gone(8)
+    wait_until(lambda: daemon.pool.holders.gone(8), what="the last hold to end, that of the welcome included")
     daemon.end()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvd.memory.slabs import SlabAllocator, region_bytes_for
+from kvd.memory.slabs import NodeFigures, Part, SlabAllocator, region_bytes_for
 
 GRANULE = 4096
 MIB = 1 << 20
@@ -235,3 +236,146 @@ def test_emptying_any_window_makes_the_room_it_promises(granules: int, sizes: li
         slabs.free(offset)
     assert slabs.allocate(wanted_bytes) is not None
     assert slabs.audit() == []
+
+
+# ---------------------------------------------------------------- several memory nodes
+
+
+def on_nodes(*sizes: int) -> SlabAllocator:
+    """An allocator over nodes 0, 1, ... with so many granules each."""
+    ends = [GRANULE * end for end in accumulate(sizes, initial=0)]
+    parts = [Part(node, begin, end) for node, (begin, end) in enumerate(pairwise(ends))]
+    return SlabAllocator(ends[-1], parts)
+
+
+def given_out(slabs: SlabAllocator, size: int, near: int | None) -> list[int]:
+    """The granules where all slots begin that can still be given, in the order in which they are."""
+    found = []
+    while (offset := slabs.allocate(size * GRANULE, near)) is not None:
+        found.append(offset // GRANULE)
+        assert slabs.audit() == []
+    return found
+
+
+@pytest.mark.parametrize("near", [0, 1])
+def test_slots_are_near_as_long_as_there_is_room_and_then_anywhere(near: int) -> None:
+    slabs = on_nodes(8, 8)
+    found = given_out(slabs, 1, near)
+    assert {granule // 8 for granule in found[:8]} == {near}
+    assert sorted(found) == list(range(16))
+
+
+def test_each_of_four_nodes_gets_what_is_asked_near_it() -> None:
+    slabs = on_nodes(4, 4, 4, 4)
+    for number in range(16):
+        offset = slabs.allocate(GRANULE, near=number % 4)
+        assert offset is not None and offset // GRANULE // 4 == number % 4
+    assert slabs.nodes() == [NodeFigures(node, 4 * GRANULE, 4 * GRANULE) for node in range(4)]
+
+
+def test_a_free_slot_near_is_taken_before_one_elsewhere_and_before_a_new_slab() -> None:
+    slabs = on_nodes(64, 64)  # regions of 8 granules
+    far, near = [slabs.allocate(GRANULE, node) for node in (0, 1)]
+    free = slabs.free_bytes
+    assert far is not None and near is not None
+    assert slabs.slab_of(near) == 64 * GRANULE
+    assert all(slabs.slab_of(slabs.allocate(GRANULE, 1) or 0) == slabs.slab_of(near) for _ in range(7))
+    assert slabs.free_bytes == free
+    assert slabs.slab_of(slabs.allocate(GRANULE, 1) or 0) == 72 * GRANULE  # a new one near, though node 0 has slots
+    slabs.free(near)
+    assert slabs.allocate(GRANULE, 0) != near
+    assert slabs.allocate(GRANULE, 1) == near
+    assert slabs.audit() == []
+
+
+@pytest.mark.parametrize("near", [None, 7])
+def test_who_is_near_no_node_leaves_room_on_each(near: int | None) -> None:
+    slabs = on_nodes(16, 16)
+    for size in (2, 3, 4, 5):
+        slabs.allocate(size * GRANULE, near)
+    free = [sum(1 for at in range(node * 8, node * 8 + 8) if slabs._regions[at] is None) for node in (0, 1)]
+    assert min(free) > 0
+    assert sorted(given_out(slabs, 1, near))[-1] >= 16
+
+
+def test_a_slab_lies_across_a_border_only_when_nothing_else_is_left() -> None:
+    slabs = on_nodes(8, 8)
+    assert given_out(slabs, 5, 0) == [0, 10, 5]
+    assert slabs.nodes()[0].used_bytes == 10 * GRANULE  # it counts where it begins
+    for granule in (0, 5, 10):
+        slabs.free(granule * GRANULE)
+    assert (slabs.free_bytes, slabs.audit()) == (slabs.total_bytes, [])
+    assert slabs.allocate(16 * GRANULE, 1) == 0
+
+
+def test_a_part_that_was_full_is_found_again_when_it_has_room() -> None:
+    slabs = on_nodes(8, 8)
+    slots = [slabs.allocate(GRANULE, 0) for _ in range(8)]
+    assert slabs.allocate(4 * GRANULE, 0) == 8 * GRANULE
+    for slot in slots[:4]:
+        assert slot is not None
+        slabs.free(slot)
+    assert slabs.allocate(4 * GRANULE, 0) == 0
+    assert slabs.audit() == []
+
+
+cuts = st.sets(st.integers(1, 15), min_size=1, max_size=3)
+
+
+@given(
+    granules=st.integers(1, 4),
+    borders=cuts,
+    steps=st.lists(
+        st.tuples(st.integers(1, 12), st.integers(0, 1000), st.sampled_from([None, 0, 1, 2, 3])), max_size=150
+    ),
+    others=cuts,
+)
+def test_with_several_nodes_as_much_is_given_and_near_if_it_can_be(
+    granules: int, borders: set[int], steps: list[tuple[int, int, int | None]], others: set[int]
+) -> None:
+    pool_bytes = 16 * granules * GRANULE  # sixteen regions
+    parts = divided(granules, borders)
+    slabs = SlabAllocator(pool_bytes, parts)
+    taken: dict[int, int] = {}
+    for size, choice, near in steps:
+        if choice % 3 == 0 and taken:
+            slabs.free(offset := sorted(taken)[choice % len(taken)])
+            del taken[offset]
+        else:
+            slot_bytes = -(-size * granules // 2) * GRANULE
+            near_there_is = any(part.node == near and room_in(slabs, part, slot_bytes) for part in parts)
+            anywhere = room_in(slabs, Part(0, 0, pool_bytes), slot_bytes)
+            got = slabs.allocate(slot_bytes, near)
+            assert (got is not None) == anywhere
+            if got is not None:
+                taken[got] = slot_bytes
+                at = slabs.slab_of(got)
+                assert not near_there_is or any(part.node == near and part.begin <= at < part.end for part in parts)
+        assert slabs.audit() == []
+        assert sum(node.used_bytes for node in slabs.nodes()) == slabs.taken_bytes == sum(taken.values())
+    # What was given out can be claimed by an allocator that is divided otherwise, or not at all.
+    for rebuilt in (SlabAllocator(pool_bytes), SlabAllocator(pool_bytes, divided(granules, others))):
+        for offset, slot_bytes in taken.items():
+            rebuilt.claim(offset, slot_bytes)
+        assert rebuilt.audit() == []
+        assert (rebuilt.taken_bytes, rebuilt.free_bytes) == (slabs.taken_bytes, slabs.free_bytes)
+    for offset in taken:
+        slabs.free(offset)
+    assert (slabs.free_bytes, slabs.audit()) == (slabs.total_bytes, [])
+
+
+def divided(granules: int, borders: set[int]) -> list[Part]:
+    """Sixteen regions of so many granules on nodes 0, 1, ...; a node ends at each border."""
+    ends = [region * granules * GRANULE for region in (0, *sorted(borders), 16)]
+    return [Part(node, begin, end) for node, (begin, end) in enumerate(pairwise(ends))]
+
+
+def room_in(slabs: SlabAllocator, part: Part, slot_bytes: int) -> bool:
+    """Whether a slab that begins in ``part`` has a free slot of this size, or one fits into it."""
+    first, end = part.begin // slabs.region_bytes, part.end // slabs.region_bytes
+    inside = {slab for slab in slabs._regions[first:end] if slab is not None}
+    if any(s.slot_bytes == slot_bytes and s.taken < s.slots and s.offset >= part.begin for s in inside):
+        return True
+    regions, _ = slabs._shape(slot_bytes)
+    starts = range(-(-first // regions) * regions, end - regions + 1, regions)
+    return any(not any(slabs._regions[at : at + regions]) for at in starts)

@@ -6,6 +6,7 @@ from google.protobuf import json_format
 
 from kvd import convert, status
 from kvd.ledger.terms import DiskFigures, NamespaceFigures, PoolFigures, TenantFigures
+from kvd.memory.slabs import NodeFigures
 from kvd.types import DriveFigures, Recovery
 from kvd.wire.pb import kvd_pb2 as pb
 
@@ -112,6 +113,22 @@ def test_shares_and_pins_stand_beside_who_has_them() -> None:
     assert ["b", "0", "0B", "0B", "0", "-", "1"] in lines
     assert ["010101010101", "a", "m", "1MiB", "5", "1GiB", "2GiB", "3", "hard", "4GiB"] in lines
     assert not stats.tenants[1].HasField("share")
+
+
+def test_memory_nodes_are_shown_where_there_are_several() -> None:
+    stats = answer()
+    stats.sessions.add(client="near", numa_node=0)
+    stats.sessions.add(client="far")
+    text = status.as_text(stats)
+    assert "node" not in text
+    assert status.as_json(stats)["pool"]["nodes"] == []
+    nodes = [NodeFigures(0, GIB, GIB // 2), NodeFigures(2, 3 * GIB, 0)]
+    stats.pool.CopyFrom(convert.pool_stats(POOL, "memfd", GIB, COLD, nodes))
+    text = status.as_text(stats)
+    assert "         node 0: 512MiB of 1GiB in use, node 2: 0B of 3GiB in use\n" in text
+    lines = [line.split() for line in text.splitlines()]
+    assert [line[-1] for line in lines if line[:1] in (["session"], ["near"], ["far"])] == ["node", "0", "-"]
+    assert [found["numa_node"] for found in status.as_json(stats)["sessions"]] == [0, None]
 
 
 def test_pins_are_listed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -12,7 +13,7 @@ import xxhash
 
 from kvd.transport.tcp import MAX_CONNECTIONS_PER_SESSION
 from kvd.wire import stream
-from kvd.wire.errors import LimitReached, SessionUnknown, Unavailable
+from kvd.wire.errors import KvdError, LimitReached, ProtocolMismatch, SessionUnknown, Unavailable
 from kvd.wire.frames import (
     CHECKSUM,
     FLAG_NO_CHECKSUM,
@@ -119,6 +120,25 @@ def test_who_speaks_another_protocol_is_told_nothing(world: World) -> None:
 def test_a_path_of_an_unknown_session_is_refused(world: World) -> None:
     with pytest.raises(SessionUnknown):
         open_path(world.attachment()._replace(token=bytes(16)))
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(1, ProtocolMismatch), (2, SessionUnknown), (3, LimitReached), (4, Unavailable)]
+)
+def test_a_client_knows_why_it_was_refused(status: int, error: type[KvdError]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as daemon:
+        daemon.settimeout(10)
+
+        def refuse() -> None:
+            with daemon.accept()[0] as connection:
+                take(connection, HELLO.size)
+                connection.sendall(HELLO_REPLY.pack(MAGIC, VERSION + 1, status))
+
+        refusing = threading.Thread(target=refuse)
+        refusing.start()
+        with pytest.raises(error):
+            open_path(Attachment("tcp", "127.0.0.1", daemon.getsockname()[1], TOKEN, 1, 1, 1))
+        refusing.join()
 
 
 def test_a_path_to_nobody_is_unavailable() -> None:

@@ -44,20 +44,22 @@ class ClientNote(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_min", "protocol_max", "client_name", "client_version", "pid", "ticket")
+    __slots__ = ("protocol_min", "protocol_max", "client_name", "client_version", "pid", "ticket", "numa_node")
     PROTOCOL_MIN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MAX_FIELD_NUMBER: _ClassVar[int]
     CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
     CLIENT_VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    NUMA_NODE_FIELD_NUMBER: _ClassVar[int]
     protocol_min: int
     protocol_max: int
     client_name: str
     client_version: str
     pid: int
     ticket: bytes
-    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., client_name: _Optional[str] = ..., client_version: _Optional[str] = ..., pid: _Optional[int] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+    numa_node: int
+    def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., client_name: _Optional[str] = ..., client_version: _Optional[str] = ..., pid: _Optional[int] = ..., ticket: _Optional[bytes] = ..., numa_node: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("sequence", "missed_lookups", "missed_chunks")
@@ -365,7 +367,7 @@ class ShareStats(_message.Message):
     def __init__(self, soft_bytes: _Optional[int] = ..., hard_bytes: _Optional[int] = ...) -> None: ...
 
 class SessionStats(_message.Message):
-    __slots__ = ("client", "peer", "tenant", "path", "age_s", "read_leases", "write_leases", "members")
+    __slots__ = ("client", "peer", "tenant", "path", "age_s", "read_leases", "write_leases", "members", "numa_node")
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -374,6 +376,7 @@ class SessionStats(_message.Message):
     READ_LEASES_FIELD_NUMBER: _ClassVar[int]
     WRITE_LEASES_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    NUMA_NODE_FIELD_NUMBER: _ClassVar[int]
     client: str
     peer: str
     tenant: str
@@ -382,10 +385,11 @@ class SessionStats(_message.Message):
     read_leases: int
     write_leases: int
     members: int
-    def __init__(self, client: _Optional[str] = ..., peer: _Optional[str] = ..., tenant: _Optional[str] = ..., path: _Optional[str] = ..., age_s: _Optional[float] = ..., read_leases: _Optional[int] = ..., write_leases: _Optional[int] = ..., members: _Optional[int] = ...) -> None: ...
+    numa_node: int
+    def __init__(self, client: _Optional[str] = ..., peer: _Optional[str] = ..., tenant: _Optional[str] = ..., path: _Optional[str] = ..., age_s: _Optional[float] = ..., read_leases: _Optional[int] = ..., write_leases: _Optional[int] = ..., members: _Optional[int] = ..., numa_node: _Optional[int] = ...) -> None: ...
 
 class PoolStats(_message.Message):
-    __slots__ = ("bytes", "free_bytes", "ready_bytes", "writing_bytes", "quarantined_bytes", "idle_slot_bytes", "backing", "populated_bytes", "unverified_chunks", "recovery")
+    __slots__ = ("bytes", "free_bytes", "ready_bytes", "writing_bytes", "quarantined_bytes", "idle_slot_bytes", "backing", "populated_bytes", "unverified_chunks", "recovery", "nodes")
     BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     READY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -396,6 +400,7 @@ class PoolStats(_message.Message):
     POPULATED_BYTES_FIELD_NUMBER: _ClassVar[int]
     UNVERIFIED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     RECOVERY_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
     bytes: int
     free_bytes: int
     ready_bytes: int
@@ -406,7 +411,18 @@ class PoolStats(_message.Message):
     populated_bytes: int
     unverified_chunks: int
     recovery: RecoveryStats
-    def __init__(self, bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., writing_bytes: _Optional[int] = ..., quarantined_bytes: _Optional[int] = ..., idle_slot_bytes: _Optional[int] = ..., backing: _Optional[str] = ..., populated_bytes: _Optional[int] = ..., unverified_chunks: _Optional[int] = ..., recovery: _Optional[_Union[RecoveryStats, _Mapping]] = ...) -> None: ...
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeStats]
+    def __init__(self, bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., ready_bytes: _Optional[int] = ..., writing_bytes: _Optional[int] = ..., quarantined_bytes: _Optional[int] = ..., idle_slot_bytes: _Optional[int] = ..., backing: _Optional[str] = ..., populated_bytes: _Optional[int] = ..., unverified_chunks: _Optional[int] = ..., recovery: _Optional[_Union[RecoveryStats, _Mapping]] = ..., nodes: _Optional[_Iterable[_Union[NodeStats, _Mapping]]] = ...) -> None: ...
+
+class NodeStats(_message.Message):
+    __slots__ = ("node", "bytes", "used_bytes")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    node: int
+    bytes: int
+    used_bytes: int
+    def __init__(self, node: _Optional[int] = ..., bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ...) -> None: ...
 
 class RecoveryStats(_message.Message):
     __slots__ = ("warm", "reason", "chunks", "skipped", "seconds")

@@ -143,3 +143,5 @@ class WorkerFacts(KVConnectorHandshakeMetadata):
     problem: str = ""
     #: Bytes that this rank can take out of its pages in one step without holding it up.
     step_bytes: int = 0
+    #: The memory node that this rank's GPU, or on a CPU the rank itself, is near.
+    numa_node: int | None = None

@@ -61,12 +61,11 @@ class Scheduler:
         self._orphans: set[str] = set()  # requests from before a reset: their pages belong to another namespace
         transfer = config.kv_transfer_config
         assert transfer is not None
+        self._name = f"vllm {transfer.engine_id}"[:128]
         self._loads, self._stores = transfer.is_kv_consumer, transfer.is_kv_producer
         try:
             check_cacheable(config, kv_cache_config)
-            # The client connects, and the weights are read, while the engine starts.
-            client = Client(options.endpoint, name=f"vllm {transfer.engine_id}"[:128])
-            self._controller = Controller(client, options.lookup_timeout_s, self._tally)
+            # The weights are read while the engine starts.
             self._revision = _background(lambda: weights_revision(config))
         except (Unidentified, ValueError) as error:
             self._refuse(str(error))
@@ -75,7 +74,7 @@ class Scheduler:
 
     def meet(self, facts: list[WorkerFacts]) -> None:
         """What all ranks have found out about their pages."""
-        if self._controller is None:
+        if self._revision is None:
             return
         problem = next((fact.problem for fact in facts if fact.geometry is None), None)
         geometries = {fact.geometry for fact in facts}
@@ -85,6 +84,13 @@ class Scheduler:
         if problem is not None or geometry is None:
             self._refuse(problem or "no rank has shown its KV caches")
             return
+        nodes = {fact.numa_node for fact in facts}
+        try:
+            client = Client(self._options.endpoint, name=self._name, numa_node=nodes.pop() if len(nodes) == 1 else None)
+        except ValueError as error:
+            self._refuse(str(error))
+            return
+        self._controller = Controller(client, self._options.lookup_timeout_s, self._tally)
         grid = Grid(geometry.block_tokens, geometry.chunk_blocks, self._adapters)
         load_async = self._options.load_async
         if not load_async and self._config.scheduler_config.async_scheduling:
@@ -98,9 +104,8 @@ class Scheduler:
         self._matching = Matching(self._controller, grid, self._ranks, waits, load_async=load_async)
         step_chunks = max(1, sum(fact.step_bytes for fact in facts) // geometry.chunk_bytes)
         self._storing = Storing(self._controller, grid, self._ranks, step_chunks, self._options.store_timeout_s)
-        if self._revision is not None:
-            wait([self._revision], IDENTIFY_WAIT_S)
-            self._controller.await_daemon(CONNECT_WAIT_S)
+        wait([self._revision], IDENTIFY_WAIT_S)
+        self._controller.await_daemon(CONNECT_WAIT_S)
 
     def close(self) -> None:
         """The end of the engine."""

@@ -17,6 +17,7 @@ from kvd_client.adapters.vllm.transfer import Transfers
 from kvd_client.adapters.vllm.weights import Unidentified
 from kvd_client.copier import MAX_INFLIGHT_BYTES, make_copier
 from kvd_client.layout import ChunkLayout, LayoutError, Shard
+from kvd_client.numa import node_of_device
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +87,9 @@ class Worker:
             return
         self._transfers = Transfers(copier, self._options, self._tally)
         self._layers = {name: layer for layer, name in enumerate(views)}
-        on_device = next(iter(views.values())).device.type != "cpu"
-        self._facts = WorkerFacts(geometry, step_bytes=DEVICE_STEP_BYTES if on_device else CPU_STEP_BYTES)
+        device = next(iter(views.values())).device
+        step_bytes = CPU_STEP_BYTES if device.type == "cpu" else DEVICE_STEP_BYTES
+        self._facts = WorkerFacts(geometry, step_bytes=step_bytes, numa_node=node_of_device(device))
 
     @property
     def facts(self) -> WorkerFacts:

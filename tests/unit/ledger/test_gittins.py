@@ -15,7 +15,7 @@ from kvd.ledger.ghosts import MAX_USES, Ghosts
 from kvd.ledger.gittins import Gittins
 from kvd.ledger.index import Space
 from kvd.ledger.node import Node
-from kvd.ledger.reuse import _PRIOR, _WIDTHS, BUCKETS, CLASSES, ReuseTimes, _edge, bucket
+from kvd.ledger.reuse import _PRIOR, _WIDTHS, BUCKETS, CLASSES, ReuseTimes, _edge, _indices, bucket
 from kvd.types import Namespace
 from kvd.wire.identity import Identity
 from tests.unit.ledger.harness import key
@@ -47,7 +47,7 @@ def test_the_index_is_the_best_rate_over_all_times_to_stop(counts: list[tuple[in
     used = [float(one) for one, _ in counts]
     risk = [float(sum(one + other for one, other in counts[at:])) for at in range(len(counts))]
     common = [0.01] * len(counts)
-    found = ReuseTimes._indices(used, risk, common)
+    found = _indices(used, risk, common)
     assert found[: len(counts)] == pytest.approx(naive_indices(used, risk, common), rel=1e-9)
     assert len(found) == BUCKETS
 
@@ -137,6 +137,20 @@ def test_a_run_of_uses_is_learnt_as_if_they_came_one_by_one(seed: int) -> None:
             assert (runs.worth, runs.due) == (single.worth, single.due)
 
 
+def test_conclusions_are_those_of_the_time_when_they_were_due() -> None:
+    (at_once, now), (later, _) = taught(), taught()
+    for reuse in (at_once, later):
+        reuse.learn(now)
+    expected = at_once.worth
+    for step in range(1, 2000):
+        later.used(1 + step % 3, now - 5, now + step)
+        later.again(2, 3, now - 100, now + step, 1)
+        later.lost(3, now - 7, now + step)
+    assert later.worth == expected
+    later.learn(now + 2000)
+    assert later.worth != expected
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_prefix_is_used_as_if_its_chunks_were_used_one_by_one(seed: int) -> None:
     dice = random.Random(seed)
@@ -156,7 +170,9 @@ def test_a_prefix_is_used_as_if_its_chunks_were_used_one_by_one(seed: int) -> No
         while at is not None:
             prefix.insert(0, int.from_bytes(at.key, "big"))
             at = at.parent
+        now = policies[0]._now
         policies[0].touch([trees[0][number] for number in prefix])
+        assert policies[0]._now == now + len(prefix)
         for number in prefix:
             policies[1].touch([trees[1][number]])
         assert [node.mark for node in trees[0]] == [node.mark for node in trees[1]]
@@ -205,7 +221,7 @@ def test_ghosts_are_found_while_the_table_grows() -> None:
 
 def dictate(policy: Gittins[Node], worth: list[list[float]]) -> None:
     """Let it believe this, for ever."""
-    policy._reuse.worth = worth
+    policy._reuse._worth = worth
     policy._reuse.learnt = True
     policy._reuse.due = NEVER
 

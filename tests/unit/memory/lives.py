@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
+from typing import Any
 
 from kvd.memory.pool import Pool, open_pool
 from kvd.memory.slabs import SlabAllocator
@@ -153,3 +155,19 @@ class Life:
 
     def _location(self, offset: int) -> Location:
         return Location(0, offset, self.slots[offset].entry.generation)
+
+
+def successor(life: Life, daemon_id: int = 0xB0B, **options: Any) -> Life:
+    """The next daemon."""
+    life.end()
+    return Life(str(Path(life.journal._files.slots).parent), daemon_id, **options)
+
+
+def found(life: Life) -> list[tuple[object, ...]]:
+    """What a daemon was left."""
+    return [] if life.pool.former is None else [facts(entry) for entry in life.pool.former.entries]
+
+
+def expected(life: Life) -> list[tuple[object, ...]]:
+    """What the next daemon must find."""
+    return [slot.expected for _, slot in sorted(life.slots.items())]

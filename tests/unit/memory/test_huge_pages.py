@@ -22,7 +22,7 @@ def advice(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """What the kernel is told about mappings; it gives huge pages for half of a segment of 4 MiB."""
     heard: list[int] = []
     monkeypatch.setattr(segment.syscalls, "madvise", lambda address, length, what: heard.append(what))
-    monkeypatch.setattr(segment, "_huge_bytes_mapped", lambda address: 2 * MIB)
+    monkeypatch.setattr(segment, "_huge_bytes_mapped", lambda address, size: 2 * MIB)
     yield heard
 
 

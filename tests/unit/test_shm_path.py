@@ -40,6 +40,7 @@ class FakeDaemon:
         self.path = str(directory / f"sock{daemon_id}")
         self.said = daemon_id  # in the answer
         self._connections: list[socket.socket] = []
+        self._welcoming = threading.Lock()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(self.path)
         self._listener.listen(8)
@@ -48,7 +49,9 @@ class FakeDaemon:
 
     def connect(self) -> ShmPath:
         """A path of a new session."""
-        return ShmPath(Lifeline.open(self.path, 10))
+        lifeline = Lifeline.open(self.path, 10)
+        with self._welcoming:  # its own copy of the holder is closed
+            return ShmPath(lifeline)
 
     def end(self, *, remove: bool = False) -> None:
         """The daemon is killed, or stopped for good."""
@@ -67,21 +70,25 @@ class FakeDaemon:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            connection.recv(wire.MAX_MESSAGE_BYTES)
-            descriptors = [self.pool.segment.data_fd, self.pool.segment.table_fd]
-            holder = None if self.pool.holders is None else self.pool.holders.hand_out(self.id)
-            ours, theirs = socket.socketpair()
-            self._connections.append(ours)
-            descriptors.append(theirs.fileno())
-            counts = (1, 0 if holder is None else 1, 0)
-            message = wire.WELCOME.pack(wire.MAGIC, wire.VERSION, wire.Status.OK, self.said, bytes(16), *counts)
-            message += wire.SEGMENT.pack(*self.pool.segment.info)
-            rights = array.array("i", descriptors if holder is None else [*descriptors, holder])
-            connection.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-            theirs.close()
-            if holder is not None:
-                os.close(holder)
+            with self._welcoming:
+                self._welcome(connection)
             self._connections.append(connection)
+
+    def _welcome(self, connection: socket.socket) -> None:
+        connection.recv(wire.MAX_MESSAGE_BYTES)
+        descriptors = [self.pool.segment.data_fd, self.pool.segment.table_fd]
+        holder = None if self.pool.holders is None else self.pool.holders.hand_out(self.id)
+        ours, theirs = socket.socketpair()
+        self._connections.append(ours)
+        descriptors.append(theirs.fileno())
+        counts = (1, 0 if holder is None else 1, 0)
+        message = wire.WELCOME.pack(wire.MAGIC, wire.VERSION, wire.Status.OK, self.said, bytes(16), *counts)
+        message += wire.SEGMENT.pack(*self.pool.segment.info)
+        rights = array.array("i", descriptors if holder is None else [*descriptors, holder])
+        connection.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        theirs.close()
+        if holder is not None:
+            os.close(holder)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +128,7 @@ def test_sessions_of_one_process_share_the_mapping_and_each_has_its_own_hold(tmp
     first.close()
     assert not daemon.pool.holders.gone(8) and second.alive
     second.close()
-    wait_until(lambda: daemon.pool.holders.gone(8), what="the last hold to end, that of the welcome included")
+    assert daemon.pool.holders.gone(8)
     daemon.end()
 
 

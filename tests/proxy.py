@@ -24,11 +24,23 @@ FLIP_BYTES = 8 * 1024
 MAX_CONNECTIONS = 64
 
 
-class Proxy:
-    """Listens on ``port`` until ``close``; forwards every connection to ``target``."""
+class _Link:
+    """A connection through the proxy. ``spared``: a stall lets it pass."""
 
-    def __init__(self, target: tuple[str, int], listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+    def __init__(self) -> None:
+        self.spared = False
+        self.ends = threading.Semaphore(0)
+
+
+class Proxy:
+    """Listens on ``port`` until ``close``; forwards every connection to ``target``. ``spares``: a stall lets those pass
+    that began with these bytes before it."""
+
+    def __init__(
+        self, target: tuple[str, int], listen: tuple[str, int] = ("127.0.0.1", 0), *, spares: bytes = b""
+    ) -> None:
         self._target = target
+        self._spares = spares
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -109,21 +121,22 @@ class Proxy:
                 client.close()
                 continue
             server.settimeout(None)
-            ends = threading.Semaphore(0)
+            link = _Link()
             with self._lock:
                 self._sockets |= {client, server}
-            self._start(self._forward, client, server, "up", ends)
-            self._start(self._forward, server, client, "down", ends)
+            self._start(self._forward, client, server, "up", link)
+            self._start(self._forward, server, client, "down", link)
 
-    def _forward(
-        self, source: socket.socket, sink: socket.socket, direction: Direction, ends: threading.Semaphore
-    ) -> None:
-        block = bytearray(BLOCK_BYTES)
+    def _forward(self, source: socket.socket, sink: socket.socket, direction: Direction, link: _Link) -> None:
+        block, first = bytearray(BLOCK_BYTES), True
         with contextlib.suppress(OSError):
             while True:
-                self._open[direction].wait()
+                self._wait(direction, link)
                 count = source.recv_into(block)
-                self._open[direction].wait()
+                if first and direction == "up" and self._spares:
+                    link.spared = block.startswith(self._spares)
+                first = False
+                self._wait(direction, link)
                 if not count:
                     break
                 self._spoil(block, count, direction)
@@ -132,15 +145,19 @@ class Proxy:
             sink.shutdown(socket.SHUT_WR)
         with contextlib.suppress(OSError):
             source.shutdown(socket.SHUT_RD)
-        ends.release()
+        link.ends.release()
         # The second of the two directions to end closes both sockets.
         if direction == "down":
-            ends.acquire()
-            ends.acquire()
+            link.ends.acquire()
+            link.ends.acquire()
             with self._lock:
                 self._sockets -= {source, sink}
                 source.close()
                 sink.close()
+
+    def _wait(self, direction: Direction, link: _Link) -> None:
+        if not link.spared:
+            self._open[direction].wait()
 
     def _spoil(self, block: bytearray, count: int, direction: Direction) -> None:
         with self._lock:

@@ -19,7 +19,9 @@ CHUNK_TOKENS = 256
 BLOCK_TOKENS = 32
 SETTLE_S = 60.0
 #: What is generated: chunks of a prompt are stored in the steps after the one that completes them.
-ANSWER_TOKENS = 4
+ANSWER_TOKENS = 8
+#: A small engine on a busy machine may have finished a request before its chunks had slots; then another is asked.
+ATTEMPTS = 5
 #: Asked before anything is measured: an engine's first steps are slow.
 WARM_UP_TOKENS = 64
 
@@ -182,13 +184,16 @@ def measure(engine: Engine, size: Size, rounds: int) -> dict[str, Any]:
     taken: dict[str, list[float]] = {"cold": [], "own hit": [], "kvd": [], "alone": [], "loading": []}
     least = size.prefix_tokens // CHUNK_TOKENS * CHUNK_TOKENS
     for number in range(rounds + 1):
-        prefix = engine.prompt(size.prefix_tokens)
-        found = {name: engine.ask(prefix + engine.prompt(size.question_tokens)) for name in ("cold", "own hit")}
-        engine.forget()
-        found["kvd"] = engine.ask(prefix + engine.prompt(size.question_tokens))
-        for name, wanted in (("own hit", least), ("kvd", least)):
-            if found[name][1] < wanted:
-                raise RuntimeError(f"{name}: {found[name][1]} of {wanted} tokens were cached")
+        for _ in range(ATTEMPTS):
+            prefix = engine.prompt(size.prefix_tokens)
+            found = {name: engine.ask(prefix + engine.prompt(size.question_tokens)) for name in ("cold", "own hit")}
+            engine.forget()
+            found["kvd"] = engine.ask(prefix + engine.prompt(size.question_tokens))
+            fewest = min(found[name][1] for name in ("own hit", "kvd"))
+            if fewest >= least:
+                break
+        else:
+            raise RuntimeError(f"{fewest} of {least} tokens were cached, and no more for {ATTEMPTS} prompts")
         others = [engine.prompt(size.prefix_tokens + 1) for _ in range(size.loads)]
         for prompt in others:
             engine.ask(prompt)

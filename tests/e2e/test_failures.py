@@ -13,6 +13,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 
+from kvd.wire import frames
 from kvd.wire.errors import ProtocolMismatch, to_status
 from kvd.wire.pb import kvd_pb2_grpc
 from tests.daemon import Daemon
@@ -64,6 +65,10 @@ def make_engine(model: Path, endpoint: str, **options: Any) -> Engine:
     return Engine(model, endpoint=endpoint, dtype="float32", connector=connector, **options)
 
 
+#: How a connection to the data plane begins that is for calls.
+CALLS = frames.HELLO.pack(frames.MAGIC, frames.VERSION, frames.Purpose.CALLS, bytes(frames.TOKEN_BYTES)).rstrip(b"\0")
+
+
 class Pair:
     """A daemon, perhaps behind a proxy that can hold up or spoil payload, and an engine that uses it."""
 
@@ -75,13 +80,13 @@ class Pair:
             # The client reaches control and data plane at another loopback address: both lead through a proxy.
             for where in (self.daemon.tcp_endpoint.removeprefix("tcp://"), self.daemon.data_endpoint):
                 port = int(where.rsplit(":", 1)[1])
-                self.proxies.append(Proxy(("127.0.0.1", port), listen=("127.0.0.2", port)))
+                self.proxies.append(Proxy(("127.0.0.1", port), listen=("127.0.0.2", port), spares=CALLS))
             endpoint = f"tcp://127.0.0.2:{self.proxies[0].port}"
         self.engine = make_engine(model, endpoint, **options)
 
     @property
     def payload(self) -> Proxy:
-        """The proxy of the data plane."""
+        """The proxy of the data plane; calls pass while it is stalled."""
         return self.proxies[1]
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: The engine's start waits so long for the weights to be identified, and for the daemon to answer, so that already the
 #: first request can find something. What takes longer goes on in the background.
 IDENTIFY_WAIT_S = 5.0
-CONNECT_WAIT_S = 0.5
+CONNECT_WAIT_S = 2.0
 #: A step that computes nothing because requests wait for chunks takes so long at least: vLLM steps on at once.
 IDLE_STEP_S = 0.001
 

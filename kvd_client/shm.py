@@ -96,8 +96,8 @@ class ShmPath:
     def alive(self) -> bool:
         """See ``DataPath``."""
         if not self._gone and (not self._segments or ended(self._socket)):
-            self._gone = True
             self._segments = {}  # and with them the hold; the tables still tell what was read in time
+            self._gone = True  # after that: whoever hears of it finds nothing to write into any more
         return not self._gone
 
     def memory(self) -> list[memoryview]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from kvd_client.bench.figures import GIB, MIB, Figure, percentile, single, size_name
 from kvd_client.bench.stores import Server, start
@@ -130,15 +130,16 @@ class Clients:
             "batch": plan.request(chunk_bytes),
             "recent": plan.recent(chunk_bytes, count),
         }
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the processes that write it
+        self._errors: list[IO[str]] = []  # of each its own: what one says last is not lost among the others
         try:
             for number in range(count):
+                self._errors.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115 - closed with the process
                 self._processes.append(
                     subprocess.Popen(
                         [server.python, "-P", WORKER, json.dumps({**setup, "client": number})],
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
-                        stderr=self._errors,
+                        stderr=self._errors[-1],
                         text=True,
                     )
                 )
@@ -168,7 +169,8 @@ class Clients:
                 process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-        self._errors.close()
+        for errors in self._errors:
+            errors.close()
 
     def __enter__(self) -> Self:
         return self
@@ -178,13 +180,13 @@ class Clients:
 
     def _answers(self) -> list[dict[str, Any]]:
         answers = []
-        for process in self._processes:
+        for process, errors in zip(self._processes, self._errors, strict=True):
             assert process.stdout is not None
             ready = select.select([process.stdout], [], [], PATIENCE_S)[0]
             line = process.stdout.readline() if ready else ""
             if not line:
-                self._errors.seek(0)
-                said = self._errors.read().strip().splitlines()[-3:]
+                errors.seek(0)
+                said = errors.read().strip().splitlines()[-3:]
                 raise RuntimeError(f"a client {'failed' if ready else 'did not answer'}: {' | '.join(said)}")
             answers.append(json.loads(line))
         return answers

@@ -303,9 +303,6 @@ class Books(Tree[Chunk]):
 
     def evict(self, top: Chunk) -> int:
         """Free ``top`` and all below it, leaves first; ``top.holds`` must be 0. How many chunks that were."""
-        if top.first_child is None:
-            self._let_go(top)
-            return 1
         subtree = top.subtree()
         for chunk in reversed(subtree):
             self._let_go(chunk)
@@ -357,10 +354,9 @@ class Books(Tree[Chunk]):
             draft.session.writes.pop(lease.id, None)
 
     def _stamp(self, chunk: Chunk) -> None:
-        self.last_stamp = stamp = self.last_stamp + 1
-        chunk.home.heat += stamp - chunk.touched
-        chunk.touched = stamp
-        chunk.uses += 1
+        before = chunk.touched
+        super()._stamp(chunk)
+        chunk.home.heat += chunk.touched - before
 
     def _remove(self, chunk: Chunk) -> None:
         """Take a chunk without children out of the index and from its parent."""

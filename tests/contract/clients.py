@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Sequence
 
 from kvd_client import ROOT, Client, Identity, NamespaceHandle
@@ -50,6 +51,11 @@ def payloads(count: int, chunk_bytes: int = CHUNK_BYTES) -> list[bytes]:
 def buffers(count: int, chunk_bytes: int = CHUNK_BYTES) -> list[bytearray]:
     """Memory for ``count`` chunks."""
     return [bytearray(chunk_bytes) for _ in range(count)]
+
+
+def soon() -> float:
+    """A deadline that a daemon which is well keeps."""
+    return time.monotonic() + 20
 
 
 def wait_for_no_writes(daemon: Daemon) -> None:

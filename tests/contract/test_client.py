@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 
 import pytest
 
@@ -30,14 +29,11 @@ from tests.contract.clients import (
     namespace_of,
     payloads,
     prefix,
+    soon,
     wait_for_no_writes,
 )
 from tests.daemon import Daemon
 from tests.wait import wait_until
-
-
-def soon() -> float:
-    return time.monotonic() + 20
 
 
 def test_shared_memory_is_picked_on_a_unix_socket_and_tcp_otherwise(daemon: Daemon) -> None:

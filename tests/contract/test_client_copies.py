@@ -27,15 +27,12 @@ from tests.contract.clients import (
     namespace_of,
     payloads,
     prefix,
+    soon,
     wait_for_no_writes,
 )
 from tests.daemon import Daemon
 from tests.proxy import Proxy
 from tests.wait import wait_until
-
-
-def soon() -> float:
-    return time.monotonic() + 20
 
 
 def test_an_old_location_is_neither_read_nor_written(client: Client) -> None:

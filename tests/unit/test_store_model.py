@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from kvd.wire.frames import Op
-from tests.unit.ledger.machine import KEYS, NAMESPACES, TENANTS, StoreMachine
+from tests.unit.ledger.machine import StoreMachine
+from tests.unit.ledger.machine_state import KEYS, NAMESPACES, TENANTS
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(

@@ -264,7 +264,7 @@ def _command(commands: Any, name: str, run: object, text: str) -> argparse.Argum
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
-    parts = ("local", "tcp", "spill", "lookup", "start", "restart", "copier", "engine", "load", "all")
+    parts = ("local", "tcp", "spill", "lookup", "start", "restart", "pages", "copier", "engine", "load", "all")
     command.add_argument("part", nargs="?", choices=parts, default="all")
     command.add_argument(
         "--dir", metavar="DIR", default=".", help="where on the disk that is measured (default: here); nothing stays"

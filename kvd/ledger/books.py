@@ -306,7 +306,14 @@ class Books(Tree[Chunk]):
         subtree = top.subtree()
         for chunk in reversed(subtree):
             self._let_go(chunk)
+            self._free(chunk)
         return len(subtree)
+
+    def replace(self, leaf: Chunk) -> int:
+        """Evict ``leaf``, below which there is nothing, for one of the same size: the offset of its slot, which the
+        caller has from now on as if it had been allocated."""
+        self._let_go(leaf)
+        return self._clear(leaf)
 
     def condemn(self, top: Chunk) -> int:
         """A STALE chunk is damaged: it goes, and all below it. Who writes below it learns at Commit.
@@ -319,6 +326,7 @@ class Books(Tree[Chunk]):
             if draft is None:
                 gone += 1
                 self._let_go(chunk)
+                self._free(chunk)
                 continue
             self._remove(chunk)
             if chunk.state is _WRITING:
@@ -331,7 +339,7 @@ class Books(Tree[Chunk]):
     # ------------------------------------------------------------ the steps inside
 
     def _let_go(self, chunk: Chunk) -> None:
-        """Free a READY or STALE chunk without children."""
+        """Take a READY or STALE chunk without children out of the books; its slot is still to be cleared."""
         if chunk.holds and self.pins is not None:
             self.pins.leaves(chunk)
         self.policy.discard(chunk)
@@ -341,8 +349,8 @@ class Books(Tree[Chunk]):
         space.ready -= 1
         if space.sound_record(chunk.key) is None:
             self.presence.remove(space.namespace.id, chunk.key)
-        self.stale.pop(chunk, None)
-        self._free(chunk)
+        if self.stale:
+            self.stale.pop(chunk, None)
 
     def _end_lease(self, chunk: Chunk, draft: Draft) -> None:
         lease = draft.lease
@@ -387,7 +395,12 @@ class Books(Tree[Chunk]):
             self.quarantine.append((quarantine_until, chunk))
 
     def _free(self, chunk: Chunk) -> None:
-        """Give the slot back. Readers must see that its generation is over before anybody else can get it."""
+        """Give the slot back."""
+        self.slots.free(self._clear(chunk))
+
+    def _clear(self, chunk: Chunk) -> int:
+        """Nobody has the slot at this offset any more. Readers must see that its generation is over before anybody else
+        can get it."""
         offset = chunk.location.offset
         if chunk.draft is None or chunk.draft.leaving is None:
             self.generations.retract(chunk.location)
@@ -402,6 +415,6 @@ class Books(Tree[Chunk]):
             del self.homes[self.slots.slab_of(offset)]
         del self.by_offset[offset]
         self.journal.freed(offset)
-        self.slots.free(offset)
         self.charge(chunk.space, -chunk.space.slot_bytes)
         self.forget_if_empty(chunk.space)
+        return offset

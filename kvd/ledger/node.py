@@ -48,7 +48,10 @@ class Node:
         """This node and all below it, parents before their children."""
         found = [self]
         for node in found:
-            found.extend(node.children())
+            child = node.first_child
+            while child is not None:
+                found.append(child)
+                child = child.next_sibling
         return found
 
     def adopt(self, child: Self) -> None:
@@ -61,10 +64,11 @@ class Node:
 
     def leave(self) -> None:
         """Leave the parent's children."""
-        if self.parent is not None and self.parent.first_child is self:
-            self.parent.first_child = self.next_sibling
-        if self.previous_sibling is not None:
-            self.previous_sibling.next_sibling = self.next_sibling
-        if self.next_sibling is not None:
-            self.next_sibling.previous_sibling = self.previous_sibling
+        parent, before, after = self.parent, self.previous_sibling, self.next_sibling
+        if before is not None:
+            before.next_sibling = after
+        elif parent is not None:
+            parent.first_child = after
+        if after is not None:
+            after.previous_sibling = before
         self.parent = self.next_sibling = self.previous_sibling = None

@@ -38,6 +38,7 @@ class RoomMaker:
         self._space = space
         self._near = near
         self._slot_bytes = space.slot_bytes
+        self._ample_bytes = books.slots.total_bytes * _ROOM_SHARE
         self._compared = False
         self._refused = False
         self._full = False
@@ -56,9 +57,9 @@ class RoomMaker:
         offset = None
         if self._within_hard_share():
             if not self._slabs:
-                offset = self._books.slots.allocate(self._slot_bytes, self._near)
-            if offset is None and self._make():
-                offset = self._books.slots.allocate(self._slot_bytes, self._near)
+                offset = self._allocate()
+            if offset is None:
+                offset = self._make()
         self._full = offset is None
         if not self._full:
             self._books.wanted[self._space] += 1
@@ -71,8 +72,7 @@ class RoomMaker:
         would only ever have the places of each other.
         """
         books = self._books
-        slots = books.slots
-        if books.records is not None or slots.room_bytes(self._slot_bytes) > slots.total_bytes * _ROOM_SHARE:
+        if books.records is not None or books.slots.room_bytes(self._slot_bytes) > self._ample_bytes:
             return True
         victim = self._next = self._victim()
         if victim is None or books.policy.admits(self._space, newcomer, parent, victim):
@@ -99,7 +99,11 @@ class RoomMaker:
             self._evict(victim)
         return shares.fits(namespace, self._slot_bytes)
 
-    def _make(self) -> bool:
+    def _allocate(self) -> int | None:
+        return self._books.slots.allocate(self._slot_bytes, self._near)
+
+    def _make(self) -> int | None:
+        """A slot made free, when there is none."""
         victim = self._next or self._victim()
         slabs = self._slabs
         if not slabs and (victim is None or not self._compared):
@@ -107,11 +111,11 @@ class RoomMaker:
             slabs = self._coldest_window(victim)
         if slabs:
             self._empty(slabs)
-            return True
+            return self._allocate()
         if victim is None:
-            return False
-        self._evict(victim)
-        return True
+            return None
+        self._books.counters.evicted_chunks += 1
+        return self._books.replace(victim)
 
     def _victim(self) -> Chunk | None:
         shares = self._books.shares

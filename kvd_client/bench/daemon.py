@@ -24,8 +24,8 @@ class BenchDaemon:
     """``kvd serve`` with a pool of ``pool_bytes`` (whole MiB). ``start_s``: from its last start to SERVING, seconds.
 
     ``warm``: its pool is files on tmpfs, which a restart finds again; otherwise it is anonymous memory. ``spill_dir``
-    and ``spill_bytes`` (whole MiB): the disk tier; that directory is the caller's. Raises RuntimeError when the daemon
-    does not start.
+    and ``spill_bytes`` (whole MiB): the disk tier; that directory is the caller's. ``huge_pages``: those of the hugetlb
+    pool are asked for. Raises RuntimeError when the daemon does not start.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class BenchDaemon:
         warm: bool = False,
         spill_dir: str | None = None,
         spill_bytes: int = 0,
+        huge_pages: bool = False,
     ) -> None:
         self._directory = tempfile.mkdtemp(prefix="kvd-bench-")
         self._pool_dir = tempfile.mkdtemp(prefix="kvd-bench-", dir=SHARED_MEMORY) if warm else None
@@ -44,6 +45,7 @@ class BenchDaemon:
         self._flags = [
             *("--socket", socket, "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"),
             *("--pool", f"{pool_bytes >> 20}MiB", "--pool-dir", self._pool_dir or "none", "--populate", populate),
+            *(("--huge-pages",) if huge_pages else ()),
             *("--log-level", "error"),
         ]
         if spill_dir is not None:

@@ -34,7 +34,7 @@ class BareDisk:
         self._file_bytes = max(1, total_bytes // threads // block_bytes) * block_bytes
         self._directory = tempfile.mkdtemp(prefix="kvd-bench-bare-", dir=directory)
         self._paths = [os.path.join(self._directory, f"bare.{i}") for i in range(threads)]
-        self._direct = os.O_DIRECT if _takes_direct(self._paths[0]) else 0
+        self._direct = os.O_DIRECT if takes_direct(self._paths[0]) else 0
         self._blocks = [mmap.mmap(-1, block_bytes) for _ in range(threads)]
         for block in self._blocks:
             block.write(os.urandom(block_bytes))
@@ -129,7 +129,8 @@ class BareDisk:
             os.close(fd)
 
 
-def _takes_direct(path: str) -> bool:
+def takes_direct(path: str) -> bool:
+    """Whether the file at ``path``, made if need be, can be written past the page cache. Raises OSError."""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600))
     except OSError as error:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from xxhash import xxh3_64_intdigest
+
 from kvd.wire.chunks import ROOT, Location
 from kvd.wire.identity import Identity
 from kvd.wire.spans import whole
@@ -20,6 +22,7 @@ from kvd_client.bench.usage import Meter
 from kvd_client.client import Client, StoreOutcome
 from kvd_client.leases import ReadLease
 from kvd_client.path import Piece
+from kvd_client.tcp import TcpPath
 
 CONNECT_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 60.0
@@ -87,6 +90,15 @@ class Mover:
         def work() -> None:
             if self.client.load(self.namespace, self.keys, self.into, timeout_s=CALL_TIMEOUT_S) != len(self.keys):
                 raise RuntimeError("not everything was loaded")
+
+        return self.size.total_bytes / timed(work) / GIB
+
+    def hash(self) -> float:
+        """GiB/s of the checksums of all chunks, one thread."""
+
+        def work() -> None:
+            for chunk in self.data:
+                xxh3_64_intdigest(chunk)
 
         return self.size.total_bytes / timed(work) / GIB
 
@@ -185,9 +197,11 @@ def bench_local(size: Size) -> list[Figure]:
 
 
 def bench_tcp(size: Size, connections: int) -> list[Figure]:
-    """TCP loopback with checksums, against bare sockets with as many connections between regions of the same size."""
+    """TCP loopback, against bare sockets with as many connections between regions of the same size. With checksums, and
+    the data path without them as well; and what one thread takes for the checksums of as many bytes."""
     label = f"tcp x{connections}"
     store, write, load, read = (f"{label} {what}" for what in ("store", "path write", "load", "path read"))
+    bare_write, bare_read = f"{write}, unchecked", f"{read}, unchecked"
     send, receive = f"bare send x{connections}", f"bare receive x{connections}"
     with (
         BenchDaemon(POOL_ROUNDS * size.total_bytes) as daemon,
@@ -196,21 +210,38 @@ def bench_tcp(size: Size, connections: int) -> list[Figure]:
     ):
         client.connect(CONNECT_TIMEOUT_S)
         mover = Mover(client, size)
+        path = client.path(CALL_TIMEOUT_S)
+        assert isinstance(path, TcpPath)
         ours, theirs = Meter([daemon.pid]), Meter([bare.pid])
         with closing(Slots(mover)) as slots:
             parts: dict[str, Callable[[], float]] = {
                 store: ours.metered(store, mover.store, size.total_bytes),
                 write: slots.write,
+                bare_write: _unchecked(path, slots.write),
                 send: theirs.metered(send, bare.send, size.total_bytes),
                 load: ours.metered(load, mover.load, size.total_bytes),
                 read: slots.read,
+                bare_read: _unchecked(path, slots.read),
                 receive: theirs.metered(receive, bare.receive, size.total_bytes),
+                f"{label} checksums": mover.hash,
             }
             samples = interleave(parts, size.rounds, WARMUP)
         mover.check()
-    limits = {store: send, write: send, load: receive, read: receive}
+    limits = {store: send, write: send, bare_write: send, load: receive, read: receive, bare_read: receive}
     bandwidths = [figure(name, "GiB/s", samples, limit) for name, limit in limits.items()]
+    bandwidths.append(figure(f"{label} checksums", "GiB/s", samples))
     return bandwidths + ours.figures() + theirs.figures("other end")
+
+
+def _unchecked(path: TcpPath, work: Callable[[], float]) -> Callable[[], float]:
+    def measured() -> float:
+        path.checked = False
+        try:
+            return work()
+        finally:
+            path.checked = True
+
+    return measured
 
 
 def _deadline() -> float:

@@ -15,6 +15,7 @@ from kvd_client.bench.figures import MIB, Figure, grid, table
 from kvd_client.bench.load import Load, Plan, Row, headed
 from kvd_client.bench.lookups import bench_held, bench_lookup
 from kvd_client.bench.machine import machine
+from kvd_client.bench.pages import bench_pages
 from kvd_client.bench.parts import Size, bench_local, bench_tcp
 from kvd_client.bench.plot import plot
 from kvd_client.bench.starting import bench_start
@@ -114,6 +115,12 @@ def _restart(arguments: argparse.Namespace, result: Result) -> None:
     result.figures += bench_restart(arguments.rounds)
 
 
+def _pages(arguments: argparse.Namespace, result: Result) -> None:
+    figures, notes = bench_pages(arguments.rounds, arguments.dir)
+    result.figures += figures
+    result.notes += notes
+
+
 def _copier(arguments: argparse.Namespace, result: Result) -> None:
     if why := copying.missing():
         result.notes.append(why)
@@ -160,6 +167,7 @@ PARTS: dict[str, Part] = {
     "lookup": _lookup,
     "start": _start,
     "restart": _restart,
+    "pages": _pages,
     "copier": _copier,
     "engine": _engine,
     "load": _load,

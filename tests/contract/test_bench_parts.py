@@ -44,6 +44,8 @@ def test_tcp_is_measured_against_bare_sockets_both_ways() -> None:
     found = by_name(bench_tcp(SMALL, 2))
     assert found["tcp x2 store"].limit_name == found["tcp x2 path write"].limit_name == "bare send x2"
     assert found["tcp x2 load"].limit_name == found["tcp x2 path read"].limit_name == "bare receive x2"
+    for name in ("tcp x2 path write", "tcp x2 path read"):
+        assert found[f"{name}, unchecked"].limit_name == found[name].limit_name
     assert "bare send x2: CPU of the other end" in found
 
 

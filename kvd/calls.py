@@ -167,6 +167,8 @@ class CallChannel:
             with self._desk.answering(_METHODS[head.op]):
                 session = self._desk.admit(self._whose())
                 self._desk.missed(head.missed_lookups, head.missed_chunks)
+                if head.released:
+                    self._desk.release(session, head.released)
                 return wire.pack_answer(head.op, head.request_id, self._ask(session, request))
         except KvdError as error:
             return wire.pack_failure(head.op, head.request_id, error)

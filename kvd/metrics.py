@@ -139,6 +139,7 @@ class Metrics:
         self._request_seconds = Histogram(
             "kvd_request_seconds", "Time to answer a request", ["method"], buckets=_FAST_S, registry=self.registry
         )
+        self._answered: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._moved_bytes = Counter(
             "kvd_transfer_bytes",
             "Payload moved into the pool (in) and out of it (out); over shared memory only what was committed is known",
@@ -170,8 +171,13 @@ class Metrics:
 
     def answered(self, method: str, code: str, seconds: float) -> None:
         """A request was answered."""
-        self._requests.labels(method, code).inc()
-        self._request_seconds.labels(method).observe(seconds)
+        answered = self._answered.get((method, code))
+        if answered is None:  # to find them by their labels takes longer than to count
+            answered = self._requests.labels(method, code), self._request_seconds.labels(method)
+            self._answered[method, code] = answered
+        requests, request_seconds = answered
+        requests.inc()
+        request_seconds.observe(seconds)
 
     def moved(self, op: str, moved_bytes: int, seconds: float) -> None:
         """The TCP data plane has served a ``read`` or a ``write``."""

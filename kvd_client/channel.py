@@ -21,6 +21,7 @@ from kvd.wire import calls as wire
 from kvd.wire.chunks import ROOT, CommitStatus, ReserveResult, Stripe
 from kvd.wire.errors import DeadlineExceeded, InvalidRequest, KvdError, Unavailable
 from kvd.wire.identity import KEY_BYTES
+from kvd_client.debts import Riders
 from kvd_client.messages import Found, committed, reserved, same_count
 
 T = TypeVar("T")
@@ -38,13 +39,13 @@ class CallChannel:
     Anything but a deadline or an error that the daemon answers ends it, an exception from outside too.
     """
 
-    def __init__(self, connection: socket.socket, misses: Callable[[], tuple[int, int]]) -> None:
-        """Takes ``connection`` over. ``misses`` gives away what the next request is to report: (lookups, chunks)."""
+    def __init__(self, connection: socket.socket, owed: Callable[[], Riders]) -> None:
+        """Takes ``connection`` over. ``owed`` gives away what the next request takes along."""
         connection.setblocking(False)
         #: Of one request; Welcome says.
         self.max_chunks = 0
         self._socket = connection
-        self._misses = misses
+        self._owed = owed
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._why_dead = ""
@@ -111,7 +112,7 @@ class CallChannel:
         self._flush(deadline)  # what an earlier call has begun to say
         request_id = self._last_id + 1
         try:
-            frame = wire.pack_request(request, request_id, self._misses())
+            frame = wire.pack_request(request, request_id, *self._owed())
         except struct.error as error:
             raise InvalidRequest(f"{type(request).__name__}: {error}") from None
         if len(frame) > wire.max_request_bytes(self.max_chunks):

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvd.wire.calls import MAX_MISSED
+from kvd.wire.calls import MAX_MISSED, MAX_RELEASED
 
 #: A lost release costs little: the lease ends by time.
 MAX_RELEASES = 4096
@@ -22,6 +22,13 @@ class Abort(NamedTuple):
     namespace_id: bytes
     lease_id: int
     keys: Sequence[bytes]
+
+
+class Riders(NamedTuple):
+    """What a request takes along: (lookups, chunks) that were not asked, and read leases that are over."""
+
+    missed: tuple[int, int] = (0, 0)
+    released: Sequence[int] = ()
 
 
 class Debts:
@@ -51,11 +58,9 @@ class Debts:
             return True
 
     def take_releases(self) -> list[int]:
-        """All releases; the caller delivers them or puts them back one by one."""
+        """The oldest releases, as many as one request takes along; the caller delivers them or puts them back."""
         with self._lock:
-            taken = list(self._releases)
-            self._releases.clear()
-            return taken
+            return [self._releases.popleft() for _ in range(min(len(self._releases), MAX_RELEASED))]
 
     def first_abort(self) -> Abort | None:
         """The oldest abort; it stays until ``settled_abort``."""
@@ -78,3 +83,7 @@ class Debts:
             taken = min(self._missed_lookups, MAX_MISSED), min(self._missed_chunks, MAX_MISSED)
             self._missed_lookups = self._missed_chunks = 0
             return taken
+
+    def take_riders(self) -> Riders:
+        """For a request that is going to be sent. What it takes along is lost if it is not: leases end by time."""
+        return Riders(self.take_misses(), self.take_releases())

@@ -24,8 +24,9 @@ LONGEST_PAUSE_S = 1.0
 GIVE_UP_S = 30.0
 #: The keeper looks around at least so often; everything that matters wakes it earlier.
 IDLE_S = 5.0
-#: What is owed to the daemon is gathered for so long: told at once, a release would be in the way of the next lookup.
-GATHER_S = 0.005
+#: What is owed to the daemon waits so long for a request that takes it along; a call of its own would be in the way of
+#: the next lookup.
+GATHER_S = 0.02
 CLOSE_TIMEOUT_S = 5.0
 
 

@@ -38,8 +38,6 @@ T = TypeVar("T")
 MAX_MESSAGE_BYTES = 16 << 20
 #: How long the keeper's own calls wait.
 SETTLE_TIMEOUT_S = 1.0
-#: Releases in one call.
-_RELEASE_BATCH = 1024
 
 _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
@@ -96,7 +94,7 @@ class Session:
         if isinstance(self._endpoint, UnixEndpoint):
             lifeline = Lifeline.open(socket_path(self._endpoint.path), deadline - time.monotonic())
             ticket, daemon_id = lifeline.ticket, lifeline.daemon_id
-            self._channel = CallChannel(lifeline.take_channel(), self._debts.take_misses)
+            self._channel = CallChannel(lifeline.take_channel(), self._debts.take_riders)
             self.presence = _presence_of(lifeline)
             if self._kind == "shm":
                 self._path = ShmPath(lifeline)
@@ -135,7 +133,7 @@ class Session:
             welcome.max_chunk_bytes,
         )
         if self._channel is None:
-            self._channel = CallChannel(open_call_connection(self.attachment(), deadline), self._debts.take_misses)
+            self._channel = CallChannel(open_call_connection(self.attachment(), deadline), self._debts.take_riders)
         self._channel.max_chunks = self.max_chunks
         self._calls = FrameCalls(self._channel)
         threading.Thread(target=self._listen, args=(stream,), name="kvd-session", daemon=True).start()
@@ -269,7 +267,7 @@ class Session:
     # -- what is owed
 
     def owe_release(self, lease_id: int) -> None:
-        """The daemon is told in the background that a read lease is over."""
+        """The daemon is told that a read lease is over: with the next request, or soon in the background."""
         self._debts.add_release(lease_id)
         self._changed()
 
@@ -284,16 +282,13 @@ class Session:
 
     def settle(self) -> None:
         """Tells the daemon what it is owed. Raises Unavailable: the rest stays owed. Only ever one thread at a time."""
-        releases = self._debts.take_releases()
-        while releases:
-            batch = releases[:_RELEASE_BATCH]
+        while releases := self._debts.take_releases():
             try:
-                self._deliver(self._calls.release, batch)
+                self._deliver(self._calls.release, releases)
             except Unavailable:
                 for lease_id in releases:
                     self._debts.add_release(lease_id)
                 raise
-            del releases[:_RELEASE_BATCH]
         while (abort := self._debts.first_abort()) is not None:
             self._deliver(self._calls.abort, *abort)
             self._debts.settled_abort()

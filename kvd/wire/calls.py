@@ -7,7 +7,7 @@ the channel asks in the name of its session, and nothing else has to be shown. E
 ``kvd.proto``; all numbers are little-endian::
 
     client                                                       daemon
-    REQUEST  length, op, flags, request id, missed; what op asks ->
+    REQUEST  length, op, flags, released, request id, missed; what op asks; the ids that are released ->
                                                               <- ANSWER  length, op, code, request id; what op answers
 
 A length is that of the whole frame. Answers come in the order of the requests. A client that has stopped waiting knows
@@ -37,7 +37,9 @@ RENEW    a count, one byte for each lease (1 = alive)
 Slots come in columns: all segments (4 bytes each), all offsets, all generations (8 bytes each).
 
 ``missed`` in a request's header says how many lookups, and of how many chunks, the client has known to be misses since
-its last report and has not asked: the daemon counts them as if it had been asked.
+its last report and has not asked: the daemon counts them as if it had been asked. ``released`` says how many lease ids
+(8 bytes each) follow what is asked: read leases that are over. They end before the request is answered, as by a Release
+of its own, of which nobody hears.
 
 Both sides end the channel when the other breaks these rules. A frame longer than a request of the daemon's bound can
 need (``max_request_bytes``) breaks them; nobody waits for the rest of it.
@@ -55,7 +57,7 @@ from kvd.wire.errors import BY_REASON, KvdError
 from kvd.wire.identity import KEY_BYTES, NAMESPACE_ID_BYTES
 
 LENGTH = struct.Struct("<I")
-REQUEST = struct.Struct("<IBBHQII")  # length, Op, flags, reserved, request id, missed lookups, missed chunks
+REQUEST = struct.Struct("<IBBHQII")  # length, Op, flags, released, request id, missed lookups, missed chunks
 CHUNKS = struct.Struct(f"<{NAMESPACE_ID_BYTES}sQII")  # namespace id, lease id, number of keys, see above
 ANSWER = struct.Struct("<IBBHQ")  # length, Op, Code, reserved, request id
 FOUND = struct.Struct("<III")  # number of slots, promoting, writing
@@ -65,12 +67,15 @@ COUNT = struct.Struct("<I")
 _KEY = struct.Struct(f"{KEY_BYTES}s")
 _STRIPE = struct.Struct("<IIII")
 _SLOT_BYTES = 4 + 8 + 8
+_LEASE_BYTES = 8
 _NO_KEY = bytes(KEY_BYTES)
 
 #: Most stripes of a chunk in one Commit; an engine sends one per rank.
 MAX_STRIPES = 4096
 #: The text of an error is cut to this.
 MAX_TEXT_BYTES = 1024
+#: Most leases that are released along with a request.
+MAX_RELEASED = 1024
 #: Most lookups, and most chunks, that one report of misses can name.
 MAX_MISSED = 0xFFFFFFFF
 
@@ -185,6 +190,7 @@ class Head(NamedTuple):
     request_id: int
     missed_lookups: int
     missed_chunks: int
+    released: Sequence[int]
 
 
 def op_of(request: Request) -> Op:
@@ -194,12 +200,13 @@ def op_of(request: Request) -> Op:
 
 def max_request_bytes(max_chunks: int) -> int:
     """The longest request of a daemon that takes ``max_chunks`` in one. Thousands of lease ids fit as well."""
-    return REQUEST.size + CHUNKS.size + max_chunks * (2 * KEY_BYTES + 1) + MAX_STRIPES * _STRIPE.size
+    asked = CHUNKS.size + max_chunks * (2 * KEY_BYTES + 1) + MAX_STRIPES * _STRIPE.size
+    return REQUEST.size + asked + MAX_RELEASED * _LEASE_BYTES
 
 
 def max_answer_bytes(max_chunks: int) -> int:
     """The longest answer to any of these requests."""
-    lease_ids = max_request_bytes(max_chunks) // 8
+    lease_ids = max_request_bytes(max_chunks) // _LEASE_BYTES
     return ANSWER.size + FOUND.size + max(max_chunks * (1 + _SLOT_BYTES), lease_ids, MAX_TEXT_BYTES)
 
 
@@ -212,7 +219,9 @@ def frame_length(head: bytes | bytearray) -> int:
 # ---------------------------------------------------------------- requests
 
 
-def pack_request(request: Request, request_id: int, missed: tuple[int, int] = (0, 0)) -> bytes:
+def pack_request(
+    request: Request, request_id: int, missed: tuple[int, int] = (0, 0), released: Sequence[int] = ()
+) -> bytes:
     """A frame. Keys have the length of a key. struct.error when a number does not fit its field."""
     flags = 0
     match request:
@@ -239,21 +248,31 @@ def pack_request(request: Request, request_id: int, missed: tuple[int, int] = (0
             body = CHUNKS.pack(namespace_id, lease_id, len(keys), 0) + b"".join(keys)
         case Release(lease_ids) | Renew(lease_ids):
             body = struct.pack(f"<I{len(lease_ids)}Q", len(lease_ids), *lease_ids)
-    return REQUEST.pack(REQUEST.size + len(body), op_of(request), flags, 0, request_id, *missed) + body
+    if released:
+        body += struct.pack(f"<{len(released)}Q", *released)
+    head = REQUEST.pack(REQUEST.size + len(body), op_of(request), flags, len(released), request_id, *missed)
+    return head + body
 
 
 def unpack_request(frame: bytes | bytearray) -> tuple[Head, Request]:
     """What a whole frame asks. Raises BadFrame; what it does not check, whoever answers must: bounds, doubles."""
     if len(frame) < REQUEST.size:
         raise BadFrame(f"a request of {len(frame)} bytes")
-    length, number, flags, reserved, request_id, *missed = REQUEST.unpack_from(frame)
+    length, number, flags, leases, request_id, lookups, chunks = REQUEST.unpack_from(frame)
     op = _NUMBERS.get(number)
-    if length != len(frame) or reserved or op is None:
+    if length != len(frame) or op is None:
         raise BadFrame(f"no request: length {length}, op {number}")
     if flags & ~_FLAGS.get(op, 0):
         raise BadFrame(f"flags {flags} of {op.name}")
-    head = Head(op, request_id, *missed)
     rest = memoryview(frame)[REQUEST.size :]
+    released: Sequence[int] = ()
+    if leases:
+        begin = len(rest) - leases * _LEASE_BYTES
+        if begin < 0 or leases > MAX_RELEASED:
+            raise BadFrame(f"{leases} leases are released in {len(frame)} bytes")
+        released = struct.unpack_from(f"<{leases}Q", rest, begin)
+        rest = rest[:begin]
+    head = Head(op, request_id, lookups, chunks, released)
     if op in (Op.RELEASE, Op.RENEW):
         lease_ids = _lease_ids(rest)
         return head, Release(lease_ids) if op is Op.RELEASE else Renew(lease_ids)
@@ -293,7 +312,7 @@ def _keys(rest: memoryview) -> list[bytes]:
 
 def _lease_ids(rest: memoryview) -> list[int]:
     count, rest = _count(rest)
-    if len(rest) != 8 * count:
+    if len(rest) != _LEASE_BYTES * count:
         raise BadFrame(f"{count} lease ids in {len(rest)} bytes")
     return list(struct.unpack(f"<{count}Q", rest))
 

@@ -30,7 +30,7 @@ from typing import NamedTuple
 from kvd.wire.spans import Span
 
 MAGIC = b"KVDD"
-VERSION = 3
+VERSION = 4
 TOKEN_BYTES = 16
 
 #: Most items in one request. A longer request is a protocol error: the daemon closes the connection.

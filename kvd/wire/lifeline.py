@@ -40,7 +40,7 @@ from enum import IntEnum, unique
 from typing import NamedTuple
 
 MAGIC = b"KVDL"
-VERSION = 3
+VERSION = 4
 #: Largest message in either direction.
 MAX_MESSAGE_BYTES = 4096
 #: Most segments in one WELCOME: two descriptors each and three more, and the kernel passes at most 253 at a time.

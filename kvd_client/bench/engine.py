@@ -40,7 +40,8 @@ def missing() -> str | None:
 def bench_engine(rounds: int, size: Size) -> list[Figure]:
     """A small model with random weights. Time to first token of a prompt whose prefix is new, is in the engine's own
     cache, or comes from kvd, the last against the second and one bare copy of the prefix; and the time between tokens
-    of a running request while others load such prefixes, against none. Needs vLLM. Raises RuntimeError."""
+    of a running request while others load such prefixes, or have them in the own cache, against none. Needs vLLM.
+    Raises RuntimeError."""
     with (
         BenchDaemon(max(256 * MIB, 8 * (rounds + 2) * (1 + size.loads) * size.prefix_bytes // 4)) as daemon,
         tempfile.TemporaryDirectory(prefix="kvd-bench-") as directory,
@@ -70,9 +71,10 @@ def bench_engine(rounds: int, size: Size) -> list[Figure]:
         ),
     ]
     for percent in (50, 99):
-        alone, loading = (_ms([percentile(taken[name], percent)]) for name in ("alone", "loading"))
-        name = f"time between tokens while prefixes are loaded, p{percent}"
-        figures.append(beside(single(name, "ms", loading), f"no load, p{percent}", alone))
+        alone, *others = (_ms([percentile(taken[name], percent)]) for name in ("alone", "loading", "hitting"))
+        for what, gaps in zip(("prefixes are loaded", "prefixes are own hits"), others, strict=True):
+            name = f"time between tokens while {what}, p{percent}"
+            figures.append(beside(single(name, "ms", gaps), f"no load, p{percent}", alone))
     return figures
 
 

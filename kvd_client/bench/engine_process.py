@@ -181,7 +181,7 @@ class Engine:
 
 def measure(engine: Engine, size: Size, rounds: int) -> dict[str, Any]:
     """Samples by name; all of them in turn, one round after the other, the first not counted."""
-    taken: dict[str, list[float]] = {"cold": [], "own hit": [], "kvd": [], "alone": [], "loading": []}
+    taken: dict[str, list[float]] = {"cold": [], "own hit": [], "kvd": [], "alone": [], "loading": [], "hitting": []}
     least = size.prefix_tokens // CHUNK_TOKENS * CHUNK_TOKENS
     for number in range(rounds + 1):
         for _ in range(ATTEMPTS):
@@ -199,6 +199,7 @@ def measure(engine: Engine, size: Size, rounds: int) -> dict[str, Any]:
             engine.ask(prompt)
         engine.forget()
         between = {"alone": engine.stream([]), "loading": engine.stream(others)}
+        between["hitting"] = engine.stream(others)  # what was loaded is in the engine's own cache now
         if number:
             for name, (seconds, _) in found.items():
                 taken[name].append(seconds)

@@ -19,7 +19,9 @@ from kvd.wire import errors, lifeline
 from kvd.wire.chunks import ROOT, Location, ReserveResult, Stripe
 from kvd.wire.pb import kvd_pb2 as pb
 from kvd_client import Client, ProtocolMismatch, StoreOutcome
+from kvd_client import keeper as keeper_module
 from kvd_client.channel import CallChannel, FrameCalls
+from kvd_client.debts import Riders
 from tests.contract.clients import (
     WAYS,
     buffers,
@@ -124,7 +126,7 @@ def test_frames_and_grpc_give_the_same_answers(daemon: Daemon, seed: int) -> Non
         sessions = [stack.enter_context(RawSession(daemon.unix_endpoint, daemon.socket)) for _ in range(2)]
         connection = line_of(sessions[0]).channel
         assert connection is not None
-        channel = CallChannel(connection.dup(), lambda: (0, 0))
+        channel = CallChannel(connection.dup(), Riders)
         stack.callback(channel.close)
         channel.max_chunks = sessions[0].welcome.max_chunks_per_request
         grpc_calls = GrpcCalls(sessions[1].channel, sessions[1].welcome.session_token)
@@ -313,6 +315,18 @@ def test_misses_that_were_not_asked_are_counted(daemon: Daemon) -> None:
     with client_of(daemon, "tcp") as client:
         client._keeper.require().note_miss(7)
         wait_until(lambda: counters()[1] == before[1] + 42, what="a heartbeat")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_release_goes_with_the_next_request(daemon: Daemon, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(keeper_module, "GATHER_S", 3600.0)  # none goes by itself
+    with client_of(daemon, way) as client:
+        namespace, keys = namespace_of(client), prefix(2)
+        assert client.store(namespace, chained(keys), payloads(2)) == [StoreOutcome.STORED] * 2
+        leases = [client.lookup(namespace, keys) for _ in range(3)]
+        for lease in leases:
+            lease.release()
+        assert client.renew(leases) == [False] * 3
 
 
 def test_misses_that_nobody_can_have_had_are_not_believed(daemon: Daemon, session: RawSession) -> None:

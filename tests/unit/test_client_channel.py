@@ -16,6 +16,7 @@ from kvd.wire import calls as wire
 from kvd.wire.errors import DeadlineExceeded, Draining, InvalidRequest, ProtocolMismatch, Unavailable
 from kvd_client import channel as channel_module
 from kvd_client.channel import CallChannel, FrameCalls
+from kvd_client.debts import Riders
 from tests.wait import wait_until
 
 NAMESPACE = bytes(range(32))
@@ -29,8 +30,8 @@ class House:
     def __init__(self) -> None:
         theirs, self.daemon = socket.socketpair()
         self.daemon.settimeout(10)
-        self.misses = [(0, 0)]
-        self.channel = CallChannel(theirs, lambda: self.misses.pop() if self.misses else (0, 0))
+        self.owed: list[Riders] = []
+        self.channel = CallChannel(theirs, lambda: self.owed.pop() if self.owed else Riders())
         self.channel.max_chunks = MAX_CHUNKS
         self.calls = FrameCalls(self.channel)
 
@@ -195,8 +196,8 @@ def test_what_no_frame_can_say_is_refused_before_it_is_sent(house: House) -> Non
     thread.join(10)
 
 
-def test_misses_are_reported_once_with_the_next_request(house: House) -> None:
-    house.misses = [(3, 200)]
+def test_what_is_owed_is_told_once_with_the_next_request(house: House) -> None:
+    house.owed = [Riders((3, 200), [7, 9])]
     heads: list[wire.Head] = []
 
     def answer(head: wire.Head, request: wire.Request) -> bytes:
@@ -207,7 +208,7 @@ def test_misses_are_reported_once_with_the_next_request(house: House) -> None:
         thread = house.serve(answer)
         house.renew()
         thread.join(10)
-    assert [head[2:] for head in heads] == [(3, 200), (0, 0)]
+    assert [head[2:] for head in heads] == [(3, 200, (7, 9)), (0, 0, ())]
 
 
 def test_a_call_that_an_exception_interrupts_ends_the_channel(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,7 @@ class Scripted(kvd_pb2_grpc.KvdServicer):
 
     def answer(self, head: wire.Head, request: wire.Request) -> bytes:
         body = b""
+        self.released += head.released
         match request:
             case wire.Renew():
                 body = wire.pack_bytes([])

@@ -38,12 +38,14 @@ requests = st.one_of(
 )
 
 
-@given(requests, u64, st.tuples(u32, u32))
-def test_a_request_comes_out_as_it_went_in(request: wire.Request, number: int, missed: tuple[int, int]) -> None:
-    frame = wire.pack_request(request, number, missed)
+@given(requests, u64, st.tuples(u32, u32), st.lists(u64, max_size=5))
+def test_a_request_comes_out_as_it_went_in(
+    request: wire.Request, number: int, missed: tuple[int, int], released: list[int]
+) -> None:
+    frame = wire.pack_request(request, number, missed, released)
     assert wire.frame_length(frame) == len(frame)
     head, found = wire.unpack_request(frame)
-    assert head == (wire.op_of(request), number, *missed)
+    assert head == (wire.op_of(request), number, *missed, tuple(released))
     assert type(found) is type(request)
     assert found == request
 
@@ -112,7 +114,7 @@ def test_a_frame_that_was_tampered_with_is_refused_or_another_request(
         head, found = wire.unpack_request(frame)
     except wire.BadFrame:
         return
-    assert wire.unpack_request(wire.pack_request(found, head.request_id, head[2:]))[1] == found
+    assert wire.unpack_request(wire.pack_request(found, head.request_id, head[2:4], head.released))[1] == found
 
 
 @given(requests, st.data())
@@ -123,6 +125,13 @@ def test_a_frame_that_was_cut_is_refused(request: wire.Request, data: st.DataObj
         wire.unpack_request(short)
     with pytest.raises(wire.BadFrame):
         wire.unpack_request(struct.pack("<I", len(short)) + short[4:])
+
+
+@pytest.mark.parametrize("released", [wire.MAX_RELEASED + 1, 0xFFFF])
+def test_more_releases_than_a_request_takes_along_are_refused(released: int) -> None:
+    wire.unpack_request(wire.pack_request(wire.Renew(), 1, released=[1] * wire.MAX_RELEASED))
+    with pytest.raises(wire.BadFrame):
+        wire.unpack_request(wire.pack_request(wire.Renew(), 1, released=[1] * released))
 
 
 def test_flags_that_an_operation_does_not_have_are_refused() -> None:
@@ -144,7 +153,8 @@ def test_whatever_the_daemon_takes_fits_the_bounds(most: int) -> None:
         wire.Abort(NAMESPACE, 1, chunks),
         wire.Release([1] * store.Limits().max_leases_per_session),
     ):
-        assert len(wire.pack_request(request, 1)) <= wire.max_request_bytes(most)
+        frame = wire.pack_request(request, 1, released=[1] * wire.MAX_RELEASED)
+        assert len(frame) <= wire.max_request_bytes(most)
     places = [Location(0, 0, 1)] * most
     for body in (
         wire.pack_found(places, 0, 0),

@@ -349,8 +349,7 @@ class Books(Tree[Chunk]):
         space.ready -= 1
         if space.sound_record(chunk.key) is None:
             self.presence.remove(space.namespace.id, chunk.key)
-        if self.stale:
-            self.stale.pop(chunk, None)
+        self.stale.pop(chunk, None)
 
     def _end_lease(self, chunk: Chunk, draft: Draft) -> None:
         lease = draft.lease

@@ -48,10 +48,7 @@ class Node:
         """This node and all below it, parents before their children."""
         found = [self]
         for node in found:
-            child = node.first_child
-            while child is not None:
-                found.append(child)
-                child = child.next_sibling
+            found.extend(node.children())
         return found
 
     def adopt(self, child: Self) -> None:
